@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+# What our own tests, benchmarks and examples are built with; never exported.
+if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
+  set(CMAKE_BUILD_TYPE Release CACHE STRING "" FORCE)
+endif()
+if(NOT DEFINED CMAKE_CXX_STANDARD)
+  set(CMAKE_CXX_STANDARD 17)
+endif()
+set(CMAKE_CXX_EXTENSIONS OFF)
+
+add_library(qeft_development INTERFACE)
+target_link_libraries(qeft_development INTERFACE qeft::qeft)
+if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+  if(QEFT_WARNINGS_AS_ERRORS)
+    target_compile_options(qeft_development INTERFACE
+      -Wall -Wextra -Wconversion -Wsign-conversion -Wshadow -Werror)
+  endif()
+  if(QEFT_NATIVE)
+    target_compile_options(qeft_development INTERFACE -march=native)
+  endif()
+  if(QEFT_SANITIZE)
+    target_compile_options(qeft_development INTERFACE
+      -fsanitize=address,undefined -fno-sanitize-recover=all -g1)
+    target_link_options(qeft_development INTERFACE -fsanitize=address,undefined)
+  endif()
+endif()
+
+find_package(Eigen3 3.4 QUIET NO_MODULE)      # solver
+find_package(nlohmann_json 3.9 QUIET)         # io

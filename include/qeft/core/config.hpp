@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// The only file that looks at compiler macros.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define QEFT_HOST_DEVICE __host__ __device__
+#else
+#define QEFT_HOST_DEVICE
+#endif
+
+#if defined(__CUDACC__) || defined(__GNUC__) || defined(__clang__)
+#define QEFT_RESTRICT __restrict__
+#elif defined(_MSC_VER)
+#define QEFT_RESTRICT __restrict
+#else
+#define QEFT_RESTRICT
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define QEFT_ALWAYS_INLINE inline __attribute__((always_inline))
+#elif defined(_MSC_VER)
+#define QEFT_ALWAYS_INLINE __forceinline
+#else
+#define QEFT_ALWAYS_INLINE inline
+#endif
+
+// Instruction sets the CPU executors may use in this translation unit. nvcc's host pass is left to
+// the portable code: its front end rejects parts of the compilers' intrinsic headers.
+#if !defined(__CUDACC__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define QEFT_HAS_AVX512 1
+#endif
+#if defined(__AVX512VNNI__)
+#define QEFT_HAS_AVX512_VNNI 1
+#endif
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define QEFT_HAS_AVX2 1
+#endif
+#endif
+
+namespace qeft {
+
+/// Every size, index and stride of the library: 64 bits, signed.
+using index_t = std::int64_t;
+
+/// "Known at run time" as a template argument for a group size or a number of weak columns.
+inline constexpr index_t dynamic = -2;
+
+}  // namespace qeft
