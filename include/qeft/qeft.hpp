@@ -20,3 +20,7 @@
 #include "qeft/layout/extent.hpp"
 #include "qeft/layout/row_packed.hpp"
 #include "qeft/layout/simd_tile.hpp"
+#include "qeft/reorder/permutation.hpp"
+#include "qeft/reorder/permute_matrix.hpp"
+#include "qeft/reorder/reorder_plan.hpp"
+#include "qeft/reorder/weak_selection.hpp"
