@@ -3,6 +3,7 @@
 #pragma once
 
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -20,9 +21,13 @@ class span {
  public:
   constexpr span() = default;
   QEFT_HOST_DEVICE constexpr span(T* data, index_t size) noexcept : data_(data), size_(size) {}
+  /// From a container; from a temporary only to read it during the call.
   template <class Container,
-            class = decltype(std::declval<Container&>().data(), std::declval<Container&>().size())>
-  constexpr span(Container& c) noexcept : data_(c.data()), size_(static_cast<index_t>(c.size())) {}
+            class = std::enable_if_t<
+                std::is_convertible_v<decltype(std::declval<Container&>().data()), T*> &&
+                (std::is_lvalue_reference_v<Container> || std::is_const_v<T>)>>
+  constexpr span(Container&& c) noexcept
+      : data_(c.data()), size_(static_cast<index_t>(c.size())) {}
 
   QEFT_HOST_DEVICE constexpr T* data() const noexcept { return data_; }
   QEFT_HOST_DEVICE constexpr index_t size() const noexcept { return size_; }

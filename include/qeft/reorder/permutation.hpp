@@ -49,7 +49,8 @@ class permutation {
 
   index_t size() const noexcept { return static_cast<index_t>(source_.size()); }
   index_t operator[](index_t i) const noexcept { return source_[static_cast<std::size_t>(i)]; }
-  const std::vector<std::int32_t>& source() const noexcept { return source_; }
+  const std::vector<std::int32_t>& source() const& noexcept { return source_; }
+  std::vector<std::int32_t> source() && { return std::move(source_); }
   permutation_view<host_memory> view() const noexcept { return {source_.data(), size()}; }
 
   bool is_identity() const noexcept {
@@ -136,7 +137,8 @@ inline permutation weak_last_per_head(index_t size, index_t heads,
                                        std::to_string(weak.size()) +
                                        " weak channels, but every head must hold equally many");
     }
-    for (const std::int32_t s : weak_last(head_dim, local).source()) {
+    const permutation within = weak_last(head_dim, local);
+    for (const std::int32_t s : within.source()) {
       source.push_back(static_cast<std::int32_t>(s + h * head_dim));
     }
   }
