@@ -17,6 +17,7 @@ namespace {
 
 using qeft::index_t;
 using qeft::permutation;
+using qeft_test::contains;
 using packed = qeft::quantized_matrix<qeft::layout::row_packed>;
 
 permutation random_permutation(index_t n, std::mt19937& rng) {
@@ -95,9 +96,9 @@ std::vector<float> random_weights(index_t n, std::mt19937& rng) {
 }  // namespace
 
 TEST_CASE("a permutation is validated, inverted and composed") {
-  CHECK_THROWS_WITH(permutation({0, 2, 2}), Catch::Contains("source[2] is 2, which occurs twice"));
-  CHECK_THROWS_WITH(permutation({0, 3, 1}), Catch::Contains("must be in [0, 3)"));
-  CHECK_THROWS_WITH(permutation({0, -1}), Catch::Contains("source[1] is -1"));
+  CHECK_THROWS_WITH(permutation({0, 2, 2}), contains("source[2] is 2, which occurs twice"));
+  CHECK_THROWS_WITH(permutation({0, 3, 1}), contains("must be in [0, 3)"));
+  CHECK_THROWS_WITH(permutation({0, -1}), contains("source[1] is -1"));
   CHECK(permutation(std::vector<std::int32_t>{}).is_identity());
 
   std::mt19937 rng(7);
@@ -114,7 +115,7 @@ TEST_CASE("a permutation is validated, inverted and composed") {
     CHECK(x == y);
   }
   CHECK_THROWS_WITH(compose(permutation::identity(2), permutation::identity(3)),
-                    Catch::Contains("sizes are 2 and 3"));
+                    contains("sizes are 2 and 3"));
 }
 
 TEST_CASE("dense rows and columns move as the definition says") {
@@ -140,15 +141,15 @@ TEST_CASE("weak_last and weak_last_per_head keep the robust order") {
   CHECK(qeft::weak_last(5, {1, 3}).source() == std::vector<std::int32_t>{0, 2, 4, 1, 3});
   CHECK(qeft::weak_last(3, {}).is_identity());
   CHECK(qeft::weak_last(2, {0, 1}).is_identity());
-  CHECK_THROWS_WITH(qeft::weak_last(3, {2, 1}), Catch::Contains("must ascend"));
+  CHECK_THROWS_WITH(qeft::weak_last(3, {2, 1}), contains("must ascend"));
   CHECK_THROWS_AS(qeft::weak_last(3, {3}), qeft::error);
   CHECK(qeft::weak_last_per_head(6, 2, {0, 4}).source() ==
         std::vector<std::int32_t>{1, 2, 0, 3, 5, 4});
-  CHECK_THROWS_WITH(qeft::weak_last_per_head(6, 2, {0, 1}), Catch::Contains("head 0 holds 2 of 2"));
+  CHECK_THROWS_WITH(qeft::weak_last_per_head(6, 2, {0, 1}), contains("head 0 holds 2 of 2"));
   CHECK(qeft::repeat_heads(permutation({1, 0, 2, 3}), 2, 2).source() ==
         std::vector<std::int32_t>{1, 0, 3, 2, 4, 5, 6, 7});
   CHECK_THROWS_WITH(qeft::repeat_heads(permutation({2, 1, 0, 3}), 2, 2),
-                    Catch::Contains("must stay in their head"));
+                    contains("must stay in their head"));
 }
 
 TEST_CASE("permuting then packing equals packing then permuting, byte for byte") {
@@ -209,20 +210,20 @@ TEST_CASE("moving a quantised column after packing is refused") {
   auto source = permutation::identity(64).source();
   std::swap(source[3], source[4]);
   CHECK_THROWS_WITH(qeft::permute_columns(permutation(source), m),
-                    Catch::Contains("input column 4 moves to 3"));
+                    contains("input column 4 moves to 3"));
   CHECK_THROWS_WITH(qeft::permute_columns(permutation::identity(5), m),
-                    Catch::Contains("in_channels is 64"));
+                    contains("in_channels is 64"));
   CHECK_THROWS_WITH(qeft::permute_rows(permutation::identity(5), m),
-                    Catch::Contains("out_channels is 2"));
+                    contains("out_channels is 2"));
 }
 
 TEST_CASE("top_k is the k largest, ties to the lower column") {
   CHECK(qeft::top_k(std::vector<double>{1, 5, 5, 2}, 2) == std::vector<std::int32_t>{1, 2});
   CHECK(qeft::top_k(std::vector<double>{5, 1, 5, 5}, 2) == std::vector<std::int32_t>{0, 2});
   CHECK(qeft::top_k(std::vector<double>{1}, 0).empty());
-  CHECK_THROWS_WITH(qeft::top_k(std::vector<double>{1, NAN}, 1), Catch::Contains("column 1"));
-  CHECK_THROWS_WITH(qeft::top_k(std::vector<double>{1, -2}, 1), Catch::Contains("not negative"));
-  CHECK_THROWS_WITH(qeft::top_k(std::vector<double>{1, 2}, 3), Catch::Contains("k is 3"));
+  CHECK_THROWS_WITH(qeft::top_k(std::vector<double>{1, NAN}, 1), contains("column 1"));
+  CHECK_THROWS_WITH(qeft::top_k(std::vector<double>{1, -2}, 1), contains("not negative"));
+  CHECK_THROWS_WITH(qeft::top_k(std::vector<double>{1, 2}, 3), contains("k is 3"));
   CHECK(qeft::hessian_perturbation(std::vector<double>{2, 3}, std::vector<double>{5, 7}) ==
         std::vector<double>{10, 21});
 }
@@ -252,7 +253,7 @@ TEST_CASE("global selection follows Algorithm 1 and, on request, the published c
   qeft::global_selection dead(2, 1);
   dead.add(std::vector<double>{0, 0});
   CHECK(dead.sum() == std::vector<double>{0, 0});
-  CHECK_THROWS_WITH(dead.add(std::vector<double>{0}), Catch::Contains("the stream has 2"));
+  CHECK_THROWS_WITH(dead.add(std::vector<double>{0}), contains("the stream has 2"));
 }
 
 TEST_CASE("a plan checks what it is told") {
@@ -262,18 +263,18 @@ TEST_CASE("a plan checks what it is told") {
   const auto attention = graph.add_repeated_space("attention", value, 3);
   graph.add_tensor("o", stream, attention);
   graph.add_tensor("v", value, stream);
-  CHECK_THROWS_WITH(graph.add_tensor("o", stream, stream), Catch::Contains("described twice"));
-  CHECK_THROWS_WITH(graph.add_tensor("x", 17, stream), Catch::Contains("does not exist"));
+  CHECK_THROWS_WITH(graph.add_tensor("o", stream, stream), contains("described twice"));
+  CHECK_THROWS_WITH(graph.add_tensor("x", 17, stream), contains("does not exist"));
   CHECK_THROWS_AS(graph.add_space("bad", 5, 2), qeft::error);
 
   qeft::reorder_plan plan(graph);
-  CHECK_THROWS_WITH(plan.set(stream, permutation::identity(5)), Catch::Contains("must have 6"));
-  CHECK_THROWS_WITH(plan.set(value, permutation({2, 1, 0, 3})), Catch::Contains("leaves its head"));
-  CHECK_THROWS_WITH(plan.set(attention, permutation::identity(12)), Catch::Contains("follows value"));
+  CHECK_THROWS_WITH(plan.set(stream, permutation::identity(5)), contains("must have 6"));
+  CHECK_THROWS_WITH(plan.set(value, permutation({2, 1, 0, 3})), contains("leaves its head"));
+  CHECK_THROWS_WITH(plan.set(attention, permutation::identity(12)), contains("follows value"));
   plan.set(value, permutation({1, 0, 2, 3}));
   CHECK(plan.columns("o")->source() ==
         std::vector<std::int32_t>{1, 0, 3, 2, 5, 4, 6, 7, 8, 9, 10, 11});
   CHECK(plan.rows("o")->is_identity());
   CHECK(plan.rows("v") == &plan.of(value));
-  CHECK_THROWS_WITH(plan.rows("norm"), Catch::Contains("not in the graph"));
+  CHECK_THROWS_WITH(plan.rows("norm"), contains("not in the graph"));
 }
