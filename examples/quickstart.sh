@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Quantises a real language model with QEFT and its baselines and compares them in one table:
+#   examples/quickstart.sh [--model DIR] [--samples N] [--seq-len L] [--eval-tokens N] [--threads N]
+# Without --model it prepares SmolLM2-135M-Instruct. Everything it makes lies in build/quickstart.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source cmake/install_packages.sh
+
+model="" samples=32 seq_len=512 eval_tokens=16384 threads=0
+usage() { sed -n '3,5s/^# \{0,1\}//p' "$0"; }
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --model) model=$(realpath -- "${2:?--model needs a directory}"); shift 2 ;;
+    --samples) samples=${2:?}; shift 2 ;;
+    --seq-len) seq_len=${2:?}; shift 2 ;;
+    --eval-tokens) eval_tokens=${2:?}; shift 2 ;;
+    --threads) threads=${2:?}; shift 2 ;;
+    -h | --help) usage; exit 0 ;;
+    *) echo "unknown option $1" >&2; usage >&2; exit 2 ;;
+  esac
+done
+
+work=build/quickstart
+mkdir -p "$work"
+started=$SECONDS
+step() { printf '\n== %s  (%d:%02d)\n' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
+
+step "Packages"
+require_packages g++ cmake ninja-build libeigen3-dev nlohmann-json3-dev libcli11-dev libpcre2-dev \
+  libutf8proc-dev python3-venv
+
+step "Building qeft-llm"
+cmake -S . -B build/release -G Ninja -DCMAKE_BUILD_TYPE=Release -DQEFT_BUILD_TESTS=OFF \
+  -DQEFT_BUILD_BENCH=OFF >"$work/build.log"
+cmake --build build/release --target qeft-llm >>"$work/build.log" ||
+  { tail -n 40 "$work/build.log" >&2; exit 1; }
+llm=$PWD/build/release/examples/qeft-llm
+
+step "Model and text"
+if [ ! -x "$work/venv/bin/python" ] || [ ! -f "$work/venv/ready" ]; then
+  python3 -m venv "$work/venv"
+  "$work/venv/bin/pip" install -q --disable-pip-version-check -r examples/llm/prepare/requirements.txt
+  touch "$work/venv/ready"
+fi
+prepare=("$work/venv/bin/python" examples/llm/prepare/prepare.py)
+[ -f "$work/text/heldout.txt" ] || "${prepare[@]}" text --out "$work/text"
+if [ -z "$model" ]; then
+  model=$PWD/$work/model
+  [ -f "$model/config.json" ] || "${prepare[@]}" model --out "$model"
+fi
+
+prompt="Explain in two sentences why the sky is blue."
+names=() rows=()
+# evaluate NAME DIRECTORY: a row of the table.
+evaluate() {
+  local name=$1 dir=$2 perplexity speed size bits
+  perplexity=$("$llm" perplexity --model "$dir" --text "$work/text/heldout.txt" \
+    --seq-len "$seq_len" --tokens "$eval_tokens" --threads "$threads" | tail -n 1 | awk '{print $2}')
+  "$llm" generate --model "$dir" --chat --prompt "$prompt" --max-tokens 64 --temperature 0 \
+    --threads "$threads" >"$work/$name.txt" 2>"$work/$name.log"
+  speed=$(sed -n 's/.*decode[^0-9]*\([0-9.]*\) tokens\/s.*/\1/p' "$work/$name.log" | tail -n 1)
+  size=$(du -cbL "$dir"/*.safetensors | tail -n 1 | awk '{printf "%.1f", $1 / 1048576}')
+  bits=$("$llm" inspect "$dir" | sed -n 's/.*linear layers:.* \([0-9.]*\) bits per weight.*/\1/p')
+  rows+=("$(printf '%-34s %11s %11s %9s %10s' "$name" "$perplexity" "$size" "$bits" "$speed")")
+  echo "$name: perplexity $perplexity"
+}
+# quantise NAME OPTIONS...
+quantise() {
+  local name=$1
+  shift
+  step "$name"
+  rm -rf "${work:?}/models/$name"
+  "$llm" quantize --model "$model" --out "$work/models/$name" --threads "$threads" \
+    --calibration "$work/text/calibration.txt" --samples "$samples" --seq-len "$seq_len" "$@"
+  evaluate "$name" "$work/models/$name"
+}
+
+mkdir -p "$work/models"
+step "FP16"
+evaluate "FP16" "$model"
+quantise "RTN-4bit" --method rtn --weak-columns 0 --search minmax
+quantise "OPTQ-4bit" --weak-columns 0
+quantise "OWQ-4bit-per-channel-k16" --group-size -1 --reorder off --selection hessian_perturbation
+quantise "QEFT-4bit-g128-k16"
+quantise "OPTQ-3bit" --bits 3 --weak-columns 0
+quantise "QEFT-3bit-g128-k16" --bits 3
+
+step "Result"
+printf '%-34s %11s %11s %9s %10s\n' "model" "perplexity" "size (MiB)" "bits/w" "tokens/s"
+printf '%s\n' "${rows[@]}"
+printf '\nQEFT, 4 bits, answers "%s":\n' "$prompt"
+cat "$work/QEFT-4bit-g128-k16.txt"
+printf '\nDone in %d:%02d. Models and logs are in %s.\n' $(((SECONDS - started) / 60)) \
+  $(((SECONDS - started) % 60)) "$work"
