@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+// Reads safetensors files: an 8-byte header length, a JSON header, and the bytes of the tensors.
+// https://github.com/huggingface/safetensors describes the format. Nothing in a file is trusted.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "qeft/io/checksum.hpp"
+#include "qeft/io/json.hpp"
+#include "qeft/io/mapped_file.hpp"
+#include "qeft/io/tensor.hpp"
+
+namespace qeft::io {
+
+/// Longest header the format allows.
+inline constexpr index_t max_safetensors_header = 100'000'000;
+/// Metadata key of the checksum our writer stores.
+inline constexpr const char* checksum_key = "qeft.checksum";
+
+/// One open file. Movable; tensors stay valid while it, or what it was moved to, lives.
+class safetensors_file {
+ public:
+  using tensor_map = std::map<std::string, tensor_view, std::less<>>;
+
+  /// Maps the file and checks the whole header: throws errc::io_error when it cannot be read and
+  /// errc::corrupt_file, naming file, tensor and rule, when it breaks the format. Tensor bytes must
+  /// cover the rest of the file without holes or overlaps.
+  explicit safetensors_file(const std::filesystem::path& path)
+      : where_(path.string()), file_(path) {
+    const span<const std::byte> bytes = file_.bytes();
+    if (bytes.size() < 8) {
+      fail_corrupt(where_, "has " + std::to_string(bytes.size()) +
+                               " bytes, but a safetensors file starts with an 8-byte length");
+    }
+    std::uint64_t length = 0;
+    std::memcpy(&length, bytes.data(), 8);
+    if (length > static_cast<std::uint64_t>(max_safetensors_header)) {
+      fail_corrupt(where_, "header length is " + std::to_string(length) + ", but must be at most " +
+                               std::to_string(max_safetensors_header));
+    }
+    const auto header = static_cast<index_t>(length);
+    if (header > bytes.size() - 8) {
+      fail_corrupt(where_, "truncated: the header has " + std::to_string(header) +
+                               " bytes, but only " + std::to_string(bytes.size() - 8) +
+                               " are left");
+    }
+    const std::string_view text(reinterpret_cast<const char*>(bytes.data()) + 8,
+                                static_cast<std::size_t>(header));
+    if (text.empty() || text.front() != '{') fail_corrupt(where_, "header must start with '{'");
+    read_header(parse_json(text, where_), {bytes.data() + 8 + header, bytes.size() - 8 - header});
+  }
+
+  /// The path, for messages.
+  const std::string& where() const noexcept { return where_; }
+  const tensor_map& tensors() const noexcept { return tensors_; }
+  const std::map<std::string, std::string>& metadata() const noexcept { return metadata_; }
+
+  /// Reads every byte; throws errc::corrupt_file when the stored checksum differs.
+  /// @return false when the file has no checksum (files of other programs)
+  bool verify_checksum() const {
+    const auto stored = metadata_.find(checksum_key);
+    if (stored == metadata_.end()) return false;
+    std::uint64_t sum = 0;
+    for (const auto& [name, t] : tensors_) {
+      stream_hash hash;
+      hash.update(t.data);
+      sum += tensor_checksum(hash, name, t.type, t.shape);
+    }
+    if (to_hex(sum) != stored->second) {
+      fail_corrupt(where_, "checksum is " + to_hex(sum) + ", but " + checksum_key + " says " +
+                               stored->second + ": the file is damaged");
+    }
+    return true;
+  }
+
+ private:
+  using json = nlohmann::json;
+
+  void read_header(const json& header, span<const std::byte> data) {
+    std::vector<std::pair<index_t, const tensor_view*>> by_offset;
+    for (const auto& [name, entry] : header.items()) {
+      if (name == "__metadata__") {
+        read_metadata(entry);
+        continue;
+      }
+      tensor_view t = read_tensor(name, entry, data);
+      const index_t begin = t.data.data() - data.data();
+      by_offset.emplace_back(begin, &tensors_.emplace(name, std::move(t)).first->second);
+    }
+    std::sort(by_offset.begin(), by_offset.end(), [](const auto& a, const auto& b) {
+      return a.first != b.first ? a.first < b.first : a.second->data.size() < b.second->data.size();
+    });
+    index_t end = 0;
+    for (const auto& [begin, t] : by_offset) {
+      if (begin != end) {
+        fail_corrupt(where_, "tensor '" + t->name + "' starts at byte " + std::to_string(begin) +
+                                 (begin < end ? ", inside its predecessor, which ends at "
+                                              : ", leaving a hole after byte ") +
+                                 std::to_string(end));
+      }
+      end = begin + t->data.size();
+    }
+    if (end != data.size()) {
+      fail_corrupt(where_, "tensors end at byte " + std::to_string(end) + " of the data, but " +
+                               std::to_string(data.size()) + " bytes follow the header");
+    }
+  }
+
+  void read_metadata(const json& entry) {
+    if (!entry.is_object()) fail_corrupt(where_, "__metadata__ must be an object");
+    for (const auto& [key, value] : entry.items()) {
+      if (!value.is_string()) {
+        fail_corrupt(where_, "__metadata__ '" + key + "' must be a string");
+      }
+      metadata_.emplace(key, value.get<std::string>());
+    }
+  }
+
+  tensor_view read_tensor(const std::string& name, const json& entry,
+                          span<const std::byte> data) const {
+    const auto broken = [&](const std::string& rule) {
+      fail_corrupt(where_, "tensor '" + name + "': " + rule);
+    };
+    const auto field = [&](const char* key, json::value_t type,
+                           const char* type_name) -> const json& {
+      const auto found = entry.find(key);
+      if (found == entry.end() || found->type() != type) {
+        broken(std::string(key) + " must be " + type_name);
+      }
+      return *found;
+    };
+    if (!entry.is_object()) broken("must be described by an object");
+    tensor_view t;
+    t.name = name;
+    const auto type_name = field("dtype", json::value_t::string, "a string").get<std::string>();
+    const std::optional<dtype> type = dtype_from_string(type_name);
+    if (!type) broken("dtype is '" + type_name + "', which this reader does not know");
+    t.type = *type;
+    for (const json& n : field("shape", json::value_t::array, "an array")) {
+      t.shape.push_back(to_index(n));
+      if (t.shape.back() < 0) broken("shape holds " + n.dump() + ", not a size");
+    }
+    const json& offsets = field("data_offsets", json::value_t::array, "an array");
+    const index_t begin = offsets.size() == 2 ? to_index(offsets[0]) : -1;
+    const index_t end = offsets.size() == 2 ? to_index(offsets[1]) : -1;
+    if (begin < 0 || end < begin || end > data.size()) {
+      broken("data_offsets are " + offsets.dump() +
+             ", but must be [begin, end] with begin <= end <= " + std::to_string(data.size()));
+    }
+    const std::optional<index_t> expected = byte_size(t.type, t.shape);
+    if (!expected) broken("shape " + to_string(t.shape) + " overflows 64 bits");
+    if (*expected != end - begin) {
+      broken("data_offsets span " + std::to_string(end - begin) + " bytes, but " +
+             to_string(t.type) + " " + to_string(t.shape) + " needs " + std::to_string(*expected));
+    }
+    t.data = {data.data() + begin, end - begin};
+    return t;
+  }
+
+  /// The value of a non-negative integer, or -1.
+  static index_t to_index(const json& value) {
+    if (!value.is_number_unsigned()) return -1;
+    const auto n = value.get<std::uint64_t>();
+    return n > static_cast<std::uint64_t>(std::numeric_limits<index_t>::max())
+               ? -1
+               : static_cast<index_t>(n);
+  }
+
+  std::string where_;
+  mapped_file file_;
+  tensor_map tensors_;
+  std::map<std::string, std::string> metadata_;
+};
+
+/// The tensors of a file, or of a Hugging Face style directory: model.safetensors, or the shards
+/// that model.safetensors.index.json lists. Movable.
+class safetensors_reader {
+ public:
+  /// Opens everything at once, so that a missing shard or tensor is known before work starts.
+  /// Throws errc::io_error or errc::corrupt_file naming the shard and the tensor.
+  explicit safetensors_reader(const std::filesystem::path& path) : where_(path.string()) {
+    const std::filesystem::path single = path / "model.safetensors";
+    const std::filesystem::path index = path / "model.safetensors.index.json";
+    if (!std::filesystem::is_directory(path)) {
+      open_file(path);
+    } else if (std::filesystem::exists(single)) {
+      open_file(single);
+    } else if (std::filesystem::exists(index)) {
+      open_shards(path, index);
+    } else {
+      fail(errc::io_error,
+           where_ + ": holds neither model.safetensors nor model.safetensors.index.json");
+    }
+  }
+
+  const std::string& where() const noexcept { return where_; }
+  const std::vector<safetensors_file>& files() const noexcept { return files_; }
+
+  /// All names, ascending.
+  std::vector<std::string> names() const {
+    std::vector<std::string> all;
+    for (const auto& [name, t] : tensors_) all.push_back(name);
+    return all;
+  }
+  bool contains(std::string_view name) const { return tensors_.find(name) != tensors_.end(); }
+
+  /// Throws errc::corrupt_file naming the tensor when there is none of that name.
+  const tensor_view& at(std::string_view name) const {
+    const auto found = tensors_.find(name);
+    if (found == tensors_.end()) {
+      fail_corrupt(where_, "tensor '" + std::string(name) + "' is missing");
+    }
+    return *found->second;
+  }
+  /// As above, and its type and shape must be these.
+  const tensor_view& at(std::string_view name, dtype type,
+                        const std::vector<index_t>& shape) const {
+    const tensor_view& t = at(name);
+    if (t.type != type || t.shape != shape) {
+      fail_corrupt(where_, "tensor '" + t.name + "' is " + to_string(t.type) + " " +
+                               to_string(t.shape) + ", but must be " + to_string(type) + " " +
+                               to_string(shape));
+    }
+    return t;
+  }
+
+  /// safetensors_file::verify_checksum on every file; false when a file has none.
+  bool verify_checksum() const {
+    bool all = true;
+    for (const safetensors_file& file : files_) all = file.verify_checksum() && all;
+    return all;
+  }
+
+ private:
+  void open_file(const std::filesystem::path& path) {
+    files_.emplace_back(path);
+    for (const auto& [name, t] : files_.back().tensors()) tensors_.emplace(name, &t);
+  }
+
+  void open_shards(const std::filesystem::path& directory, const std::filesystem::path& index) {
+    const nlohmann::json parsed = load_json(index);
+    const auto weight_map = parsed.find("weight_map");
+    if (weight_map == parsed.end() || !weight_map->is_object()) {
+      fail_corrupt(index.string(), "weight_map must be an object");
+    }
+    std::map<std::string, std::vector<std::string>> by_shard;
+    for (const auto& [name, shard] : weight_map->items()) {
+      const std::string file = shard.is_string() ? shard.get<std::string>() : "";
+      // A name with directories could read any file of the machine.
+      if (file.empty() || file == "." || file == ".." ||
+          file.find_first_of("/\\") != std::string::npos) {
+        fail_corrupt(index.string(), "weight_map: shard of '" + name + "' is " + shard.dump() +
+                                         ", but must be the name of a file in this directory");
+      }
+      by_shard[file].push_back(name);
+    }
+    files_.reserve(by_shard.size());  // tensors_ points into the files
+    for (const auto& [shard, names] : by_shard) {
+      if (!std::filesystem::exists(directory / shard)) {
+        fail(errc::io_error, index.string() + ": shard " + shard + ", which holds '" +
+                                 names.front() + "', is missing");
+      }
+      files_.emplace_back(directory / shard);
+      const auto& tensors = files_.back().tensors();
+      for (const std::string& name : names) {
+        const auto found = tensors.find(name);
+        if (found == tensors.end()) {
+          fail_corrupt(index.string(), "tensor '" + name + "' is not in " + shard);
+        }
+        tensors_.emplace(name, &found->second);
+      }
+    }
+  }
+
+  std::string where_;
+  std::vector<safetensors_file> files_;
+  std::map<std::string, const tensor_view*, std::less<>> tensors_;
+};
+
+}  // namespace qeft::io
