@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Prepares what the examples run on: a small real model, and English prose.
+
+    prepare.py model --out DIR [--gguf FILE]
+    prepare.py text  --out DIR
+
+`model` needs the packages of requirements.txt; `text` needs apt-get and dpkg-deb, but no root.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import files
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for_model = commands.add_parser("model",
+                                    help="SmolLM2-135M-Instruct as a Hugging Face directory")
+    for_model.add_argument("--gguf", type=pathlib.Path, metavar="FILE",
+                           help="another GGUF file of a Llama model with a SmolLM tokenizer")
+    for_text = commands.add_parser("text",
+                                   help="calibration.txt and heldout.txt from Debian packages")
+    for command in (for_model, for_text):
+        command.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
+        command.add_argument("--cache", type=pathlib.Path, default=files.default_cache(),
+                             metavar="DIR", help="where downloads are kept (default: %(default)s)")
+    options = parser.parse_args()
+    try:
+        if options.command == "model":
+            import model
+            model.prepare(options.out, options.gguf, options.cache)
+        else:
+            import prose
+            prose.prepare(options.out, options.cache)
+    except files.PrepareError as error:
+        print(f"prepare: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
