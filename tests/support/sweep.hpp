@@ -53,8 +53,8 @@ class random_source {
   std::mt19937_64 engine_;
 };
 
-/// Calls body(seed) for `cases` fixed seeds. A failure prints its seed; QEFT_TEST_SEED=<seed> in the
-/// environment runs that case alone.
+/// Calls body(seed) for `cases` fixed seeds. A failure prints its seed; QEFT_TEST_SEED=<seed> in
+/// the environment runs that case alone.
 template <class Body>
 void fuzz(const std::string& what, std::uint64_t cases, const Body& body) {
   sweep counted(what);

@@ -80,7 +80,7 @@ TEST_CASE("status and error carry the same code and text") {
 }
 
 TEST_CASE("the build knows the library's version") {
-  CHECK(std::string(QEFT_TEST_PROJECT_VERSION) ==
-        std::to_string(QEFT_VERSION_MAJOR) + "." + std::to_string(QEFT_VERSION_MINOR) + "." +
-            std::to_string(QEFT_VERSION_PATCH));
+  CHECK(std::string(QEFT_TEST_PROJECT_VERSION) == std::to_string(QEFT_VERSION_MAJOR) + "." +
+                                                      std::to_string(QEFT_VERSION_MINOR) + "." +
+                                                      std::to_string(QEFT_VERSION_PATCH));
 }

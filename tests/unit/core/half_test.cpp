@@ -67,9 +67,8 @@ void check_to_float() {
     const auto h = static_cast<std::uint16_t>(bits);
     const double want = value_of<T>(h);
     const float got = qeft::to_float(T{h});
-    const bool same = std::isnan(want)
-                          ? std::isnan(got)
-                          : got == want && std::signbit(got) == ((h & 0x8000) != 0);
+    const bool same = std::isnan(want) ? std::isnan(got)
+                                       : got == want && std::signbit(got) == ((h & 0x8000) != 0);
     mismatches += same ? 0 : 1;
   }
   CHECK(mismatches == 0);

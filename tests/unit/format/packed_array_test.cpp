@@ -96,8 +96,8 @@ TEST_CASE("bit planes partition a code") {
 TEST_CASE("packed arrays are injective, exact in size and round-trip") {
   qeft_test::random_source random(1);
   qeft_test::sweep counted("counts");
-  for (const index_t count : {1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 560,
-                              576, 1536, 4304, 10944}) {
+  for (const index_t count : {1,  2,  3,  4,  5,   7,   8,   15,  16,   17,   31,   32,
+                              33, 63, 64, 65, 127, 128, 560, 576, 1536, 4304, 10944}) {
     check_array<2>(count, random);
     check_array<3>(count, random);
     check_array<4>(count, random);

@@ -24,7 +24,8 @@ void check_formula() {
   qeft_test::random_source random(7);
   for (int round = 0; round < 50; ++round) {
     // Scales as they are stored: FP16.
-    const float s = qeft::to_float(qeft::from_float<qeft::half_bits>(static_cast<float>(random.real())));
+    const float s =
+        qeft::to_float(qeft::from_float<qeft::half_bits>(static_cast<float>(random.real())));
     const float zs =
         qeft::to_float(qeft::from_float<qeft::half_bits>(static_cast<float>(random.real())));
     bool same = true;
@@ -37,8 +38,9 @@ void check_formula() {
         same = same && static_cast<double>(qeft::dequantize_code<integer>(
                            q, {s, static_cast<float>(z)})) == s * (code - static_cast<double>(z));
       }
-      same = same && qeft::dequantize_code<scaled>(q, {s, zs}) ==
-                         static_cast<float>(static_cast<double>(s) * code + static_cast<double>(zs));
+      same =
+          same && qeft::dequantize_code<scaled>(q, {s, zs}) ==
+                      static_cast<float>(static_cast<double>(s) * code + static_cast<double>(zs));
     }
     CHECK(same);
   }

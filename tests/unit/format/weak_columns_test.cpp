@@ -73,7 +73,8 @@ TEST_CASE("dynamic weak-column policies are bijections") {
   qeft_test::sweep counted("input channels and k");
   for (const index_t columns : {1, 2, 3, 17, 64, 576, 1000}) {
     check_bijection(qeft::weak_none{}, tail_marks(columns, 0));
-    for (const index_t k : {index_t{0}, index_t{1}, index_t{2}, columns / 3, columns - 1, columns}) {
+    for (const index_t k :
+         {index_t{0}, index_t{1}, index_t{2}, columns / 3, columns - 1, columns}) {
       if (k < 0 || k > columns) continue;
       check_bijection(qeft::weak_tail<>{{k}}, tail_marks(columns, k));
       check_bijection(qeft::weak_per_head<>{{k}, 1}, tail_marks(columns, k));

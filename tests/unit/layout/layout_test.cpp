@@ -26,8 +26,8 @@ void check_codes(const extent& e) {
     for (index_t n = 0; n < e.out_channels; ++n) {
       for (index_t k = 0; k < e.dense; ++k) {
         const code_address at = Layout::template locate<Bits>(e, p, n, k);
-        inside = inside && at.word >= 0 && at.word < words && at.shift >= 0 &&
-                 at.shift + width <= 32;
+        inside =
+            inside && at.word >= 0 && at.word < words && at.shift >= 0 && at.shift + width <= 32;
         if (!inside) break;
         const std::uint32_t mask = ((1U << static_cast<unsigned>(width)) - 1U)
                                    << static_cast<unsigned>(at.shift);

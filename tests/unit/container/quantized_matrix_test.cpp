@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+// The owner and its views: round trips, padding, relabelling, mismatches.
+#include "qeft/container/quantized_matrix.hpp"
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "qeft/container/repack.hpp"
+#include "support/cases.hpp"
+#include "support/catch.hpp"
+#include "support/throws.hpp"
+
+using qeft::index_t;
+using qeft::matrix_descriptor;
+using qeft::quantized_matrix;
+using qeft::weak_kind;
+using qeft::zero_kind;
+using qeft::layout::row_packed;
+using qeft::layout::simd_tile;
+using qeft_test::codes_of;
+using qeft_test::dequantized;
+using qeft_test::same_bytes;
+using qeft_test::throws_with;
+
+namespace {
+
+matrix_descriptor shape(weak_kind weak, index_t k) {
+  matrix_descriptor d;
+  d.out_channels = 45;
+  d.in_channels = 200;
+  d.group_size = 64;
+  d.weak = weak;
+  d.weak_columns = k;
+  d.heads = weak == weak_kind::per_head ? 4 : 1;
+  return d;
+}
+
+template <class Layout>
+void check_all_formats() {
+  qeft_test::sweep counted("formats");
+  qeft_test::random_source random(3);
+  for (const int bits : {2, 3, 4, 8}) {
+    for (const auto zero : {zero_kind::symmetric, zero_kind::integer, zero_kind::scaled}) {
+      for (const auto scalar : {qeft::scalar_kind::half, qeft::scalar_kind::bf16}) {
+        for (const auto weak :
+             {weak_kind::none, weak_kind::tail, weak_kind::indexed, weak_kind::per_head}) {
+          matrix_descriptor d = shape(weak, weak == weak_kind::none ? 0 : 12);
+          d.bits = bits;
+          d.zero = zero;
+          d.scalar = scalar;
+          const auto layer = qeft_test::random_layer(d, random);
+          const auto q = qeft_test::pack<Layout>(layer);
+          CHECK(codes_of(q) == layer.codes);
+          CHECK(dequantized(q) == weights_of(layer));
+          bool same = true;
+          for (index_t n = 0; n < d.out_channels; ++n) {
+            for (index_t g = 0; g < d.groups(); ++g) {
+              const auto at = static_cast<std::size_t>(n * d.groups() + g);
+              const auto [scale, z] = q.read_params_bits(n, g);
+              same = same && scale == layer.scales[at] && z == layer.zeros[at];
+            }
+          }
+          CHECK(same);
+          counted.ran();
+        }
+      }
+    }
+  }
+}
+
+/// Every code, parameter and weak value with all bits set: what is still zero is padding.
+template <class Layout>
+void check_padding() {
+  for (const int bits : {2, 3, 4, 8}) {
+    matrix_descriptor d = shape(weak_kind::tail, 7);
+    d.bits = bits;
+    quantized_matrix<Layout> q(d);
+    for (index_t n = 0; n < d.out_channels; ++n) {
+      for (index_t i = 0; i < d.dense_columns(); ++i) q.write_code(n, i, 0xffU);
+      for (index_t g = 0; g < d.groups(); ++g) q.write_params(n, g, 0xffff, 0xffU);
+      for (index_t j = 0; j < d.weak_columns; ++j) q.write_weak(n, j, 0xffff);
+    }
+    const auto ones = [](qeft::span<const std::byte> bytes) {
+      index_t count = 0;
+      for (const std::byte b : bytes) {
+        for (unsigned i = 0; i < 8; ++i) count += (std::to_integer<unsigned>(b) >> i) & 1U;
+      }
+      return count;
+    };
+    CHECK(ones(q.codes()) == d.out_channels * d.dense_columns() * bits);
+    CHECK(ones(q.scales()) == d.out_channels * d.groups() * 16);
+    CHECK(ones(q.zeros()) == d.out_channels * d.groups() * bits);
+    CHECK(ones(q.weak()) == d.out_channels * d.weak_columns * 16);
+  }
+}
+
+using half4 = qeft::quant_format<4>;
+
+}  // namespace
+
+TEST_CASE("row_packed holds every format and placement") { check_all_formats<row_packed>(); }
+TEST_CASE("simd_tile holds every format and placement") { check_all_formats<simd_tile>(); }
+
+TEST_CASE("writers never touch padding") {
+  check_padding<row_packed>();
+  check_padding<simd_tile>();
+}
+
+TEST_CASE("a fresh matrix is all zeros and cache-line aligned") {
+  const quantized_matrix<simd_tile> q(shape(weak_kind::tail, 7));
+  const auto zeros = [](qeft::span<const std::byte> bytes) {
+    return !bytes.empty() && reinterpret_cast<std::uintptr_t>(bytes.data()) % 64 == 0 &&
+           std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{0}; });
+  };
+  CHECK(zeros(q.codes()));
+  CHECK(zeros(q.scales()));
+  CHECK(zeros(q.zeros()));
+  CHECK(zeros(q.weak()));
+  CHECK(quantized_matrix<>().codes().empty());
+}
+
+TEST_CASE("rewriting replaces codes, parameters and weak values") {
+  matrix_descriptor d = shape(weak_kind::tail, 7);
+  d.bits = 3;
+  quantized_matrix<> q(d);
+  for (const unsigned value : {7U, 0U, 5U, 2U}) {
+    q.write_code(44, 192, value);
+    q.write_params(44, 3, static_cast<std::uint16_t>(value + 100), value);
+    q.write_weak(44, 6, static_cast<std::uint16_t>(value));
+    const auto view = q.view<qeft::quant_format<3>>(qeft::weak_tail<>{{7}});
+    CHECK(read_code(view, 44, 192) == value);
+    CHECK(read_code(view, 44, 191) == 0);
+    CHECK(q.read_params_bits(44, 3) == std::pair<std::uint16_t, unsigned>(value + 100, value));
+    CHECK(read_params(view, 44, 3).zero == static_cast<float>(value));
+    CHECK(view.weak_values[44 * 7 + 6].bits == value);
+  }
+}
+
+TEST_CASE("views are trivially copyable and resolve the group size") {
+  using fixed = qeft::quantized_matrix_view<qeft::quant_format<4, 64>, qeft::weak_tail<7>>;
+  STATIC_REQUIRE(std::is_trivially_copyable_v<fixed>);
+  STATIC_REQUIRE(std::is_trivially_copyable_v<
+                 qeft::quantized_matrix_view<half4, qeft::weak_indexed<>, simd_tile>>);
+  const quantized_matrix<> q(shape(weak_kind::tail, 7));
+  const fixed view = q.view<qeft::quant_format<4, 64>>(qeft::weak_tail<7>{});
+  CHECK(view.group_size() == 64);
+  CHECK(view.groups() == 4);
+  CHECK(view.dense_columns() == 193);
+  CHECK(view.weak_columns() == 7);
+
+  matrix_descriptor d = shape(weak_kind::tail, 200);
+  d.group_size = qeft::per_channel;
+  const quantized_matrix<> weak_only(d);
+  const auto empty = weak_only.view<half4>(qeft::weak_tail<>{{200}});
+  CHECK(empty.groups() == 0);
+  CHECK(empty.group_size() == 1);  // never a divisor of zero
+  d.weak_columns = 0;
+  const quantized_matrix<> dense(d);
+  CHECK(dense.view<half4>(qeft::weak_tail<>{{0}}).group_size() == 200);
+}
+
+TEST_CASE("a view of the wrong type is refused") {
+  using qeft::errc;
+  const quantized_matrix<> q(shape(weak_kind::tail, 7));
+  const auto refuse = [&](std::initializer_list<const char*> text, const auto& make) {
+    CHECK(throws_with(errc::invalid_argument, text, make));
+  };
+  refuse({"Format is 3-bit/integer/f16/g=any"},
+         [&] { (void)q.view<qeft::quant_format<3>>(qeft::weak_tail<>{{7}}); });
+  refuse({"Format is 4-bit/integer/f16/g=128"},
+         [&] { (void)q.view<qeft::quant_format<4, 128>>(qeft::weak_tail<>{{7}}); });
+  refuse({"4-bit/scaled"}, [&] {
+    (void)q.view<qeft::quant_format<4, 64, zero_kind::scaled>>(qeft::weak_tail<>{{7}});
+  });
+  refuse({"bf16"}, [&] {
+    (void)q.view<qeft::quant_format<4, 64, zero_kind::integer, qeft::bf16_bits>>(
+        qeft::weak_tail<>{{7}});
+  });
+  refuse({"Weak is none with k = 0", "the matrix has tail with k = 7"},
+         [&] { (void)q.view<half4>(qeft::weak_none{}); });
+  refuse({"Weak is tail with k = 8"}, [&] { (void)q.view<half4>(qeft::weak_tail<8>{}); });
+  refuse({"Weak is per_head"}, [&] { (void)q.view<half4>(qeft::weak_per_head<>{{7}, 1}); });
+}
+
+TEST_CASE("the weak index must ascend, fit and belong to indexed") {
+  using qeft::errc;
+  const auto make = [](weak_kind kind, index_t k, std::vector<std::int32_t> index) {
+    return [=] { (void)quantized_matrix<>(shape(kind, k), index); };
+  };
+  CHECK(throws_with(errc::invalid_argument, {"has 2 entries, but must have 3"},
+                    make(weak_kind::indexed, 3, {1, 2})));
+  CHECK(throws_with(errc::invalid_argument, {"has 1 entries, but must have 0"},
+                    make(weak_kind::tail, 1, {199})));
+  CHECK(throws_with(errc::invalid_argument, {"holds 5 after 5", "must ascend"},
+                    make(weak_kind::indexed, 3, {1, 5, 5})));
+  CHECK(throws_with(errc::invalid_argument, {"holds 4 after 5"},
+                    make(weak_kind::indexed, 2, {5, 4})));
+  CHECK(throws_with(errc::invalid_argument, {"holds -1"}, make(weak_kind::indexed, 1, {-1})));
+  CHECK(throws_with(errc::invalid_argument, {"holds 200", "below in_channels = 200"},
+                    make(weak_kind::indexed, 1, {200})));
+  CHECK(throws_with(errc::invalid_argument, {"bits is 5"}, [] {
+    matrix_descriptor d = shape(weak_kind::none, 0);
+    d.bits = 5;
+    (void)quantized_matrix<>(d);
+  }));
+  CHECK(quantized_matrix<>(shape(weak_kind::indexed, 2), {0, 199}).weak_index() ==
+        std::vector<std::int32_t>{0, 199});
+}
+
+TEST_CASE("relabel_weak moves the columns without touching a byte") {
+  qeft_test::random_source random(5);
+  const auto layer = qeft_test::random_layer(shape(weak_kind::indexed, 8), random);
+  auto q = qeft_test::pack<row_packed>(layer);
+  const auto before = q;
+
+  q.relabel_weak(weak_kind::tail);
+  CHECK(q.descriptor().weak == weak_kind::tail);
+  CHECK(q.weak_index().empty());
+  CHECK(q.descriptor().weak_columns == 8);
+  auto tail = layer;
+  tail.d = q.descriptor();
+  tail.weak_columns = {192, 193, 194, 195, 196, 197, 198, 199};
+  CHECK(dequantized(q) == weights_of(tail));
+  CHECK(same_bytes(q, qeft_test::pack<row_packed>(tail)));
+
+  q.relabel_weak(weak_kind::per_head, 4);
+  CHECK(q.descriptor().heads == 4);
+  tail.d = q.descriptor();
+  tail.weak_columns = {48, 49, 98, 99, 148, 149, 198, 199};
+  CHECK(dequantized(q) == weights_of(tail));
+
+  q.relabel_weak(weak_kind::indexed, 1, layer.weak_index());
+  CHECK(same_bytes(q, before));
+}
+
+TEST_CASE("a refused relabelling changes nothing") {
+  using qeft::errc;
+  qeft_test::random_source random(6);
+  auto q =
+      qeft_test::pack<row_packed>(qeft_test::random_layer(shape(weak_kind::indexed, 8), random));
+  const auto before = q;
+  CHECK(throws_with(errc::invalid_argument, {"heads is 3"},
+                    [&] { q.relabel_weak(weak_kind::per_head, 3); }));
+  CHECK(throws_with(errc::invalid_argument, {"weak_columns is 8", "weak is none"},
+                    [&] { q.relabel_weak(weak_kind::none); }));
+  CHECK(throws_with(errc::invalid_argument, {"has 1 entries, but must have 8"},
+                    [&] { q.relabel_weak(weak_kind::indexed, 1, {4}); }));
+  CHECK(throws_with(errc::invalid_argument, {"must have 0"},
+                    [&] { q.relabel_weak(weak_kind::tail, 1, {4}); }));
+  CHECK(same_bytes(q, before));
+}
+
+TEST_CASE("repack gives the same bytes for any number of threads and undoes itself") {
+  qeft_test::random_source random(8);
+  for (const int bits : {2, 3, 4, 8}) {
+    matrix_descriptor d = shape(weak_kind::indexed, 5);
+    d.out_channels = 131;
+    d.bits = bits;
+    const auto layer = qeft_test::random_layer(d, random);
+    const auto rows = qeft_test::pack<row_packed>(layer);
+    const auto tiles = qeft_test::pack<simd_tile>(layer);
+    for (const int threads : {1, 2, 5}) {
+      const qeft::on_host exec(threads);
+      CHECK(same_bytes(qeft::repack<simd_tile>(exec, rows), tiles));
+      CHECK(same_bytes(qeft::repack<row_packed>(exec, tiles), rows));
+      CHECK(same_bytes(qeft::repack<row_packed>(exec, rows), rows));
+      CHECK(same_bytes(qeft::repack<simd_tile>(exec, tiles), tiles));
+    }
+  }
+}
