@@ -87,9 +87,8 @@ class quantized_matrix {
   /// Slow element-wise writers; the counterparts of read_code and friends. @pre indices in range.
   void write_code(index_t n, index_t i, unsigned code) {
     visit_bits(descriptor_.bits, [&](auto bits) {
-      scatter_code<bits>(reinterpret_cast<std::uint32_t*>(codes_.data()), code, [&](int p) {
-        return Layout::template locate<bits>(descriptor_.extent(), p, n, i);
-      });
+      scatter_code<bits>(reinterpret_cast<std::uint32_t*>(codes_.data()), code,
+                         layout::code_place<Layout, bits>{descriptor_.extent(), n, i});
     });
   }
   /// @param zero the integer zero point (zero_kind::integer) or the bits of the scaled zero; ignored
@@ -103,9 +102,8 @@ class quantized_matrix {
     } else if (descriptor_.zero == zero_kind::integer) {
       const index_t count = Layout::padded_rows(e.out_channels) * e.groups;
       visit_bits(descriptor_.bits, [&](auto bits) {
-        scatter_code<bits>(reinterpret_cast<std::uint32_t*>(zeros_.data()), zero, [&](int p) {
-          return packed_array<bits>::locate(p, at, count);
-        });
+        scatter_code<bits>(reinterpret_cast<std::uint32_t*>(zeros_.data()), zero,
+                           typename packed_array<bits>::place{at, count});
       });
     }
   }
@@ -119,9 +117,8 @@ class quantized_matrix {
     } else if (descriptor_.zero == zero_kind::integer) {
       const index_t count = Layout::padded_rows(e.out_channels) * e.groups;
       visit_bits(descriptor_.bits, [&](auto bits) {
-        zero = gather_code<bits>(
-            reinterpret_cast<const std::uint32_t*>(zeros_.data()),
-            [&](int p) { return packed_array<bits>::locate(p, at, count); });
+        zero = gather_code<bits>(reinterpret_cast<const std::uint32_t*>(zeros_.data()),
+                                 typename packed_array<bits>::place{at, count});
       });
     }
     return {reinterpret_cast<const std::uint16_t*>(scales_.data())[at], zero};

@@ -66,9 +66,7 @@ struct quantized_matrix_view {
 template <class F, class W, class L, class M>
 QEFT_HOST_DEVICE constexpr unsigned read_code(const quantized_matrix_view<F, W, L, M>& w, index_t n,
                                               index_t i) noexcept {
-  return gather_code<F::bits>(w.codes, [&](int p) {
-    return L::template locate<F::bits>(w.extent(), p, n, i);
-  });
+  return gather_code<F::bits>(w.codes, layout::code_place<L, F::bits>{w.extent(), n, i});
 }
 
 /// Scale and zero of output channel n and group g.
@@ -84,8 +82,8 @@ QEFT_HOST_DEVICE inline group_params read_params(const quantized_matrix_view<F, 
     return {scale, to_float(w.zeros[at])};
   } else {
     const index_t count = L::padded_rows(e.out_channels) * e.groups;
-    const unsigned z = gather_code<F::bits>(
-        w.zeros, [&](int p) { return packed_array<F::bits>::locate(p, at, count); });
+    const unsigned z =
+        gather_code<F::bits>(w.zeros, typename packed_array<F::bits>::place{at, count});
     return {scale, static_cast<float>(z)};
   }
 }

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "qeft/core/math.hpp"
+#include "qeft/format/bit_planes.hpp"
 
 namespace qeft::layout {
 
@@ -20,6 +21,17 @@ struct extent {
   index_t dense;         // IC - k, columns that have codes
   index_t groups;        // groups per row
   index_t weak;          // k, full-precision columns
+};
+
+/// Layout::locate for one code, as gather_code and scatter_code want it.
+template <class Layout, int Bits>
+struct code_place {
+  extent e;
+  index_t n;  // output channel
+  index_t k;  // dense column
+  QEFT_HOST_DEVICE constexpr code_address operator()(int p) const noexcept {
+    return Layout::template locate<Bits>(e, p, n, k);
+  }
 };
 
 }  // namespace qeft::layout

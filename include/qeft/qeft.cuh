@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything of qeft.hpp in CUDA C++, with the CUDA runtime that device code is launched through.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "qeft/qeft.hpp"

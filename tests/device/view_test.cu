@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+// The functions that define the format give the same bits on the device as on the host.
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "qeft/qeft.cuh"
+
+namespace {
+
+int failures = 0;
+int compared = 0;
+
+void check(cudaError_t e, const char* what) {
+  if (e == cudaSuccess) return;
+  std::printf("%s: %s\n", what, cudaGetErrorString(e));
+  std::exit(1);
+}
+
+template <class T>
+class device_buffer {
+ public:
+  explicit device_buffer(std::size_t size) : size_(size) {
+    check(cudaMalloc(&data_, (size_ + 1) * sizeof(T)), "cudaMalloc");
+  }
+  explicit device_buffer(qeft::span<const T> from)
+      : device_buffer(static_cast<std::size_t>(from.size())) {
+    check(cudaMemcpy(data_, from.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  device_buffer(const device_buffer&) = delete;
+  device_buffer& operator=(const device_buffer&) = delete;
+  ~device_buffer() { cudaFree(data_); }
+
+  T* get() const { return data_; }
+  std::vector<T> to_host() const {
+    std::vector<T> host(size_);
+    check(cudaMemcpy(host.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return host;
+  }
+
+ private:
+  T* data_ = nullptr;
+  std::size_t size_;
+};
+
+/// codes (OC, IC - k) and weights (OC, IC), one thread per column.
+template <class View>
+__global__ void read_all(View w, unsigned* codes, float* weights) {
+  const qeft::index_t n = blockIdx.x;
+  for (qeft::index_t c = threadIdx.x; c < w.in_channels; c += blockDim.x) {
+    weights[n * w.in_channels + c] = dequantize(w, n, c);
+    if (c < w.dense_columns()) codes[n * w.dense_columns() + c] = read_code(w, n, c);
+  }
+}
+
+__global__ void convert_all(float* from_half, float* from_bf16, std::uint16_t* to_half,
+                            std::uint16_t* to_bf16) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  const auto bits = static_cast<std::uint16_t>(i);
+  from_half[i] = to_float(qeft::half_bits{bits});
+  from_bf16[i] = to_float(qeft::bf16_bits{bits});
+  const float x = qeft::detail::bits_to_float(i * 65521U);  // visits every exponent
+  to_half[i] = qeft::from_float<qeft::half_bits>(x).bits;
+  to_bf16[i] = qeft::from_float<qeft::bf16_bits>(x).bits;
+}
+
+template <class T>
+void expect_same(const char* what, const std::vector<T>& device, const std::vector<T>& host) {
+  ++compared;
+  if (device.size() != host.size() ||
+      std::memcmp(device.data(), host.data(), host.size() * sizeof(T)) != 0) {
+    ++failures;
+    std::printf("failed: %s\n", what);
+  }
+}
+
+template <class Format, class Layout, class Weak>
+void compare(const qeft::quantized_matrix<Layout>& q, const Weak& host_weak,
+             const Weak& device_weak) {
+  const auto host_view = q.template view<Format>(host_weak);
+  std::vector<unsigned> codes;
+  std::vector<float> weights;
+  for (qeft::index_t n = 0; n < host_view.out_channels; ++n) {
+    for (qeft::index_t i = 0; i < host_view.dense_columns(); ++i) {
+      codes.push_back(read_code(host_view, n, i));
+    }
+    for (qeft::index_t c = 0; c < host_view.in_channels; ++c) {
+      weights.push_back(dequantize(host_view, n, c));
+    }
+  }
+
+  const device_buffer<std::byte> d_codes(q.codes()), d_scales(q.scales()), d_zeros(q.zeros()),
+      d_weak(q.weak());
+  const qeft::quantized_matrix_view<Format, Weak, Layout, qeft::device_memory> view{
+      host_view.out_channels,
+      host_view.in_channels,
+      host_view.run_time_group,
+      device_weak,
+      reinterpret_cast<const std::uint32_t*>(d_codes.get()),
+      reinterpret_cast<const typename Format::scalar_type*>(d_scales.get()),
+      reinterpret_cast<const typename Format::zero_type*>(d_zeros.get()),
+      reinterpret_cast<const typename Format::scalar_type*>(d_weak.get())};
+  const device_buffer<unsigned> got_codes(codes.size());
+  const device_buffer<float> got_weights(weights.size());
+  read_all<<<static_cast<unsigned>(view.out_channels), 64>>>(view, got_codes.get(),
+                                                             got_weights.get());
+  check(cudaGetLastError(), "read_all");
+  check(cudaDeviceSynchronize(), "read_all");
+  char what[128];
+  std::snprintf(what, sizeof what, "%s, %d bits, %s zeros, weak %s", Layout::name, Format::bits,
+                to_string(Format::zero), to_string(Weak::kind));
+  expect_same(what, got_codes.to_host(), codes);
+  expect_same(what, got_weights.to_host(), weights);
+}
+
+template <class Format, class Layout>
+void compare_placements() {
+  const std::vector<std::int32_t> index = {0, 3, 4, 31, 50, 77, 98, 99};
+  const qeft::index_t k = 8;
+  const device_buffer<std::int32_t> device_index(index);
+  std::mt19937 random(1);
+  for (const auto kind : {qeft::weak_kind::none, qeft::weak_kind::tail, qeft::weak_kind::indexed,
+                          qeft::weak_kind::per_head}) {
+    qeft::matrix_descriptor d;
+    d.out_channels = 37;
+    d.in_channels = 100;
+    d.bits = Format::bits;
+    d.group_size = 32;
+    d.zero = Format::zero;
+    d.scalar = qeft::scalar_kind_of<typename Format::scalar_type>::value;
+    d.weak = kind;
+    d.weak_columns = kind == qeft::weak_kind::none ? 0 : k;
+    d.heads = kind == qeft::weak_kind::per_head ? 4 : 1;
+    qeft::quantized_matrix<Layout> q(
+        d, kind == qeft::weak_kind::indexed ? index : std::vector<std::int32_t>{});
+    const auto scalar = [&] {
+      const float x = static_cast<float>(random() % 2001U) * 0.001F - 1.0F;
+      return qeft::from_float<typename Format::scalar_type>(x).bits;
+    };
+    for (qeft::index_t n = 0; n < d.out_channels; ++n) {
+      for (qeft::index_t i = 0; i < d.dense_columns(); ++i) {
+        q.write_code(n, i, static_cast<unsigned>(random()));
+      }
+      for (qeft::index_t g = 0; g < d.groups(); ++g) {
+        q.write_params(
+            n, g, scalar(),
+            Format::zero == qeft::zero_kind::scaled ? scalar() : static_cast<unsigned>(random()));
+      }
+      for (qeft::index_t j = 0; j < d.weak_columns; ++j) q.write_weak(n, j, scalar());
+    }
+    switch (kind) {
+      case qeft::weak_kind::none:
+        compare<Format>(q, qeft::weak_none{}, qeft::weak_none{});
+        break;
+      case qeft::weak_kind::tail:
+        compare<Format>(q, qeft::weak_tail<>{{k}}, qeft::weak_tail<>{{k}});
+        compare<Format>(q, qeft::weak_tail<8>{}, qeft::weak_tail<8>{});
+        break;
+      case qeft::weak_kind::indexed:
+        compare<Format>(q, qeft::weak_indexed<>{{k}, index.data()},
+                        qeft::weak_indexed<>{{k}, device_index.get()});
+        break;
+      case qeft::weak_kind::per_head:
+        compare<Format>(q, qeft::weak_per_head<>{{k}, 4}, qeft::weak_per_head<>{{k}, 4});
+        break;
+    }
+  }
+}
+
+template <class Format>
+void compare_layouts() {
+  compare_placements<Format, qeft::layout::row_packed>();
+  compare_placements<Format, qeft::layout::simd_tile>();
+}
+
+void compare_conversions() {
+  constexpr std::size_t count = 65536;
+  std::vector<float> from_half(count), from_bf16(count);
+  std::vector<std::uint16_t> to_half(count), to_bf16(count);
+  for (unsigned i = 0; i < count; ++i) {
+    const auto bits = static_cast<std::uint16_t>(i);
+    from_half[i] = to_float(qeft::half_bits{bits});
+    from_bf16[i] = to_float(qeft::bf16_bits{bits});
+    const float x = qeft::detail::bits_to_float(i * 65521U);
+    to_half[i] = qeft::from_float<qeft::half_bits>(x).bits;
+    to_bf16[i] = qeft::from_float<qeft::bf16_bits>(x).bits;
+  }
+  const device_buffer<float> d_from_half(count), d_from_bf16(count);
+  const device_buffer<std::uint16_t> d_to_half(count), d_to_bf16(count);
+  convert_all<<<count / 256, 256>>>(d_from_half.get(), d_from_bf16.get(), d_to_half.get(),
+                                    d_to_bf16.get());
+  check(cudaGetLastError(), "convert_all");
+  check(cudaDeviceSynchronize(), "convert_all");
+  expect_same("half to float", d_from_half.to_host(), from_half);
+  expect_same("bf16 to float", d_from_bf16.to_host(), from_bf16);
+  expect_same("float to half", d_to_half.to_host(), to_half);
+  expect_same("float to bf16", d_to_bf16.to_host(), to_bf16);
+}
+
+}  // namespace
+
+int main() {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf("skipped: no CUDA device and no simulator\n");
+    return 77;
+  }
+  using qeft::quant_format;
+  using qeft::zero_kind;
+  compare_conversions();
+  compare_layouts<quant_format<4>>();
+  compare_layouts<quant_format<3>>();
+  compare_layouts<quant_format<3, 32, zero_kind::symmetric>>();
+  compare_layouts<quant_format<4, 32, zero_kind::scaled, qeft::bf16_bits>>();
+  std::printf("%d comparisons, %d failed\n", compared, failures);
+  return failures == 0 && compared == 4 + 4 * 2 * 5 * 2 ? 0 : 1;
+}
