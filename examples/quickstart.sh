@@ -51,7 +51,7 @@ if [ -z "$model" ]; then
 fi
 
 prompt="Explain in two sentences why the sky is blue."
-names=() rows=()
+rows=()
 # evaluate NAME DIRECTORY: a row of the table.
 evaluate() {
   local name=$1 dir=$2 perplexity speed size bits

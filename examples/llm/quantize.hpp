@@ -26,7 +26,7 @@ struct quantize_options {
   int bits = 4;
   qeft::index_t group_size = 128;   // multiple of 32, or -1 for one group per channel
   qeft::index_t weak_columns = 16;  // k; 0 for none
-  qeft::weak_kind o_proj_placement = qeft::weak_kind::indexed;  // tail, per_head or indexed
+  qeft::weak_kind o_proj_placement = qeft::weak_kind::indexed;  // or per_head
   qeft::zero_kind zero = qeft::zero_kind::integer;
   quantize_method method = quantize_method::optq;
   range_search search = range_search::grid;
@@ -43,6 +43,7 @@ struct quantize_options {
   qeft::index_t seq_len = 512;
   std::string weak_columns_from;  // QEFT checkpoint whose weak columns are reused; empty for none
   std::uint64_t seed = 0;
+  bool compare_rtn = false;  // also report the error of RTN on every layer
   int threads = 0;  // 0: one per hardware thread
 };
 

@@ -41,6 +41,11 @@
 #endif
 #endif
 
+// std::fma is one instruction. Where it is not, no compiler fuses multiplications and additions either.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__FP_FAST_FMAF)
+#define QEFT_HAS_FMA 1
+#endif
+
 namespace qeft {
 
 /// Every size, index and stride of the library: 64 bits, signed.

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// Calibration text as token windows, and activations of all windows kept outside of memory.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "qeft/core/config.hpp"
+
+namespace qeft_llm {
+
+class tokenizer;
+
+/// `count` windows of `seq_len` tokens at random, non-overlapping places of a text.
+/// The choice depends on the text, the sizes and `seed` alone.
+/// @throws qeft::error when the file cannot be read or holds too few tokens
+std::vector<std::vector<int>> calibration_windows(const tokenizer& tok, const std::string& file,
+                                                  qeft::index_t count, qeft::index_t seq_len,
+                                                  std::uint64_t seed);
+
+/// Activations of all calibration samples, in an unlinked file, so that only the sample at work is
+/// resident (the paper's Table 11). All samples have the same size.
+class sample_store {
+ public:
+  /// @param directory where the file lives  @param sample_size floats per sample
+  sample_store(const std::string& directory, qeft::index_t samples, qeft::index_t sample_size);
+  ~sample_store();
+  sample_store(const sample_store&) = delete;
+  sample_store& operator=(const sample_store&) = delete;
+
+  qeft::index_t samples() const noexcept { return samples_; }
+
+  /// The floats of a sample; a sample never written is zero.
+  void read(qeft::index_t sample, std::vector<float>& x) const;
+  /// @pre x has sample_size floats; a full disk throws qeft::error
+  void write(qeft::index_t sample, const std::vector<float>& x);
+
+ private:
+  qeft::index_t samples_;
+  qeft::index_t sample_size_;
+  int file_;
+};
+
+}  // namespace qeft_llm

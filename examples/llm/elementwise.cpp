@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "elementwise.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace qeft_llm {
+
+using qeft::index_t;
+
+namespace {
+
+// Work below this many elements is not worth waking another thread.
+constexpr index_t grain = 16384;
+
+// Sums run over this many interleaved partial sums, so that they vectorise without reordering.
+constexpr index_t partial_sums = 32;
+
+/// f(0) + .. + f(count - 1) in a fixed order.
+template <class Term>
+float sum(index_t count, const Term& term) noexcept {
+  float partial[partial_sums] = {};
+  index_t i = 0;
+  for (; i + partial_sums <= count; i += partial_sums) {
+    for (index_t j = 0; j < partial_sums; ++j) partial[j] += term(i + j);
+  }
+  for (index_t j = 0; i + j < count; ++j) partial[j] += term(i + j);
+  for (index_t width = partial_sums / 2; width > 0; width /= 2) {
+    for (index_t j = 0; j < width; ++j) partial[j] += partial[j + width];
+  }
+  return partial[0];
+}
+
+inline float exponential(float x) noexcept {
+  constexpr float log2_e = 1.44269504F;
+  constexpr float ln2_high = 0.693359375F;  // few bits: products with small integers are exact
+  constexpr float ln2_low = -2.12194440e-4F;
+  constexpr float round_by_adding = 12582912.0F;  // 1.5 * 2^23: the low bits then hold an integer
+  x = x < -87.0F ? -87.0F : x;
+  x = x > 88.0F ? 88.0F : x;
+  const float shifted = x * log2_e + round_by_adding;
+  const float n = shifted - round_by_adding;
+  const float r = (x - n * ln2_high) - n * ln2_low;  // |r| <= ln(2) / 2
+  float p = 1.9875691500e-4F;                        // minimax polynomial of Cephes' expf
+  p = p * r + 1.3981999507e-3F;
+  p = p * r + 8.3334519073e-3F;
+  p = p * r + 4.1665795894e-2F;
+  p = p * r + 1.6666665459e-1F;
+  p = p * r + 5.0000001201e-1F;
+  p = p * (r * r) + r + 1.0F;
+  std::uint32_t integer = 0;
+  std::memcpy(&integer, &shifted, sizeof integer);
+  const std::uint32_t power_bits = (integer + 127U) << 23U;  // 2^n
+  float power = 0.0F;
+  std::memcpy(&power, &power_bits, sizeof power);
+  return p * power;
+}
+
+}  // namespace
+
+float exp_clamped(float x) noexcept { return exponential(x); }
+
+void rms_norm(const qeft::on_host& exec, const float* x, const float* weight, float epsilon,
+              index_t tokens, index_t channels, float* out) {
+  exec.parallel_for(tokens, std::max<index_t>(1, grain / channels), [&](index_t begin, index_t end) {
+    for (index_t t = begin; t < end; ++t) {
+      const float* row = x + t * channels;
+      float* to = out + t * channels;
+      const float squares = sum(channels, [row](index_t c) { return row[c] * row[c]; });
+      const float factor = 1.0F / std::sqrt(squares / static_cast<float>(channels) + epsilon);
+      for (index_t c = 0; c < channels; ++c) to[c] = row[c] * factor * weight[c];
+    }
+  });
+}
+
+void swiglu(const qeft::on_host& exec, float* gate, const float* up, index_t count) {
+  exec.parallel_for(count, grain, [=](index_t begin, index_t end) {
+    for (index_t i = begin; i < end; ++i) gate[i] = gate[i] / (1.0F + exponential(-gate[i])) * up[i];
+  });
+}
+
+void add(const qeft::on_host& exec, const float* addend, index_t count, float* sum) {
+  exec.parallel_for(count, grain, [=](index_t begin, index_t end) {
+    for (index_t i = begin; i < end; ++i) sum[i] += addend[i];
+  });
+}
+
+void softmax(float* scores, index_t count) noexcept {
+  const float highest = *std::max_element(scores, scores + count);
+  for (index_t i = 0; i < count; ++i) scores[i] = exponential(scores[i] - highest);
+  const float total = sum(count, [scores](index_t i) { return scores[i]; });
+  const float factor = 1.0F / total;
+  for (index_t i = 0; i < count; ++i) scores[i] *= factor;
+}
+
+}  // namespace qeft_llm

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// One type for every linear layer of a model, quantised or not.
+#pragma once
+
+#include <vector>
+
+#include "qeft/container/quantized_matrix.hpp"
+#include "qeft/core/on_host.hpp"
+#include "qeft/io/tensor.hpp"
+#include "qeft/layout/simd_tile.hpp"
+
+namespace qeft_llm {
+
+using packed_matrix = qeft::quantized_matrix<qeft::layout::row_packed>;
+
+/// A full-precision (F16, BF16, F32) tensor of OC x IC as a layer whose columns are all weak: no
+/// codes, the values as they are. F32 is rounded to FP16. NaN, infinity and overflow of FP16 throw
+/// qeft::error naming the tensor.
+packed_matrix full_precision(const std::string& name, const qeft::io::tensor_view& tensor,
+                             qeft::index_t out_channels, qeft::index_t in_channels);
+
+class linear {
+ public:
+  linear() = default;
+  /// @param bias (OC), or empty
+  linear(const qeft::on_host& exec, const packed_matrix& weight, std::vector<float> bias = {});
+
+  qeft::index_t out_channels() const noexcept { return weight_.descriptor().out_channels; }
+  qeft::index_t in_channels() const noexcept { return weight_.descriptor().in_channels; }
+  const qeft::matrix_descriptor& descriptor() const noexcept { return weight_.descriptor(); }
+
+  /// y = W x + bias. @param x (tokens, IC) @param y (tokens, OC)
+  void forward(const qeft::on_host& exec, const float* x, qeft::index_t tokens, float* y) const;
+
+  /// Row n of a full-precision weight, (IC): the embedding of token n. An embedding and a tied head are
+  /// one linear.
+  void read_row(qeft::index_t n, float* row) const;
+
+ private:
+  qeft::quantized_matrix<qeft::layout::simd_tile> weight_;
+  std::vector<float> bias_;
+};
+
+}  // namespace qeft_llm

@@ -1,0 +1,325 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "llama.hpp"
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "elementwise.hpp"
+#include "qeft/io/checkpoint.hpp"
+
+namespace qeft_llm {
+
+using qeft::errc;
+using qeft::fail;
+using qeft::index_t;
+
+namespace {
+
+using row_major = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+// Queries per task of attention: enough rows for a matrix product, little work beyond the diagonal.
+constexpr index_t query_block = 32;
+
+const char* suffix_of(linear_kind kind) {
+  switch (kind) {
+    case linear_kind::q: return "self_attn.q_proj";
+    case linear_kind::k: return "self_attn.k_proj";
+    case linear_kind::v: return "self_attn.v_proj";
+    case linear_kind::o: return "self_attn.o_proj";
+    case linear_kind::gate: return "mlp.gate_proj";
+    case linear_kind::up: return "mlp.up_proj";
+    case linear_kind::down: break;
+  }
+  return "mlp.down_proj";
+}
+
+bool has_bias(const model_config& config, linear_kind kind) {
+  if (kind <= linear_kind::v) return config.qkv_bias;
+  return kind == linear_kind::o ? config.o_bias : config.mlp_bias;
+}
+
+}  // namespace
+
+model_source::model_source(const std::filesystem::path& directory)
+    : config_(read_config(directory)), weights_(directory) {}
+
+packed_matrix model_source::matrix(const std::string& name, index_t out_channels,
+                                   index_t in_channels) const {
+  const qeft::matrix_descriptor* d =
+      config_.quantization ? config_.quantization->find(name) : nullptr;
+  if (d == nullptr) {
+    const std::string tensor = name + ".weight";
+    return full_precision(tensor, weights_.view(tensor, {out_channels, in_channels}), out_channels,
+                          in_channels);
+  }
+  if (d->out_channels != out_channels || d->in_channels != in_channels) {
+    fail(errc::corrupt_file, "quantised layer " + name + " is " + std::to_string(d->out_channels) +
+                                 " x " + std::to_string(d->in_channels) + ", but the model needs " +
+                                 std::to_string(out_channels) + " x " +
+                                 std::to_string(in_channels));
+  }
+  return qeft::io::read_linear(weights_.reader(), name, *d).matrix;
+}
+
+std::vector<float> model_source::vector(const std::string& name, index_t size) const {
+  return weights_.read(name, {size});
+}
+
+rope_table::rope_table(const model_config& config) : half_(config.head_dim / 2) {
+  const index_t positions = config.max_position_embeddings;
+  const rope_config& rope = config.rope;
+  const double pi = std::acos(-1.0);
+  std::vector<double> frequency(static_cast<std::size_t>(half_));
+  for (index_t i = 0; i < half_; ++i) {
+    double f = std::pow(rope.theta, -2.0 * static_cast<double>(i) /
+                                        static_cast<double>(config.head_dim));
+    if (rope.scaling == rope_scaling::linear) f /= rope.factor;
+    if (rope.scaling == rope_scaling::llama3) {
+      // Llama 3.1: a ramp, in turns per original context, between scaled and unscaled frequencies.
+      const double turns = static_cast<double>(rope.original_max_position_embeddings) * f / (2 * pi);
+      const double ramp = std::clamp((turns - rope.low_freq_factor) /
+                                         (rope.high_freq_factor - rope.low_freq_factor),
+                                     0.0, 1.0);
+      f = (1 - ramp) * f / rope.factor + ramp * f;
+    }
+    frequency[static_cast<std::size_t>(i)] = f;
+  }
+  cos_.resize(static_cast<std::size_t>(positions * half_));
+  sin_.resize(cos_.size());
+  for (index_t p = 0; p < positions; ++p) {
+    for (index_t i = 0; i < half_; ++i) {
+      const double angle = static_cast<double>(p) * frequency[static_cast<std::size_t>(i)];
+      cos_[static_cast<std::size_t>(p * half_ + i)] = static_cast<float>(std::cos(angle));
+      sin_[static_cast<std::size_t>(p * half_ + i)] = static_cast<float>(std::sin(angle));
+    }
+  }
+}
+
+void rope_table::rotate(float* head, index_t position) const noexcept {
+  const float* c = cos_.data() + position * half_;
+  const float* s = sin_.data() + position * half_;
+  for (index_t i = 0; i < half_; ++i) {
+    const float a = head[i];
+    const float b = head[i + half_];
+    head[i] = a * c[i] - b * s[i];
+    head[i + half_] = b * c[i] + a * s[i];
+  }
+}
+
+std::string linear_name(index_t block, linear_kind kind) {
+  return "model.layers." + std::to_string(block) + "." + suffix_of(kind);
+}
+
+linear& linear_of(block& b, linear_kind kind) {
+  switch (kind) {
+    case linear_kind::q: return b.q;
+    case linear_kind::k: return b.k;
+    case linear_kind::v: return b.v;
+    case linear_kind::o: return b.o;
+    case linear_kind::gate: return b.gate;
+    case linear_kind::up: return b.up;
+    case linear_kind::down: break;
+  }
+  return b.down;
+}
+
+linear_shape shape_of(const model_config& config, linear_kind kind) {
+  const index_t attention = config.num_attention_heads * config.head_dim;
+  const index_t value = config.num_key_value_heads * config.head_dim;
+  switch (kind) {
+    case linear_kind::q: return {attention, config.hidden_size};
+    case linear_kind::k:
+    case linear_kind::v: return {value, config.hidden_size};
+    case linear_kind::o: return {config.hidden_size, attention};
+    case linear_kind::gate:
+    case linear_kind::up: return {config.intermediate_size, config.hidden_size};
+    case linear_kind::down: break;
+  }
+  return {config.hidden_size, config.intermediate_size};
+}
+
+block load_block(const qeft::on_host& exec, const model_source& source, index_t index) {
+  const model_config& config = source.config();
+  const std::string prefix = "model.layers." + std::to_string(index) + ".";
+  block b;
+  b.attention_norm = source.vector(prefix + "input_layernorm.weight", config.hidden_size);
+  b.mlp_norm = source.vector(prefix + "post_attention_layernorm.weight", config.hidden_size);
+  for (const linear_kind kind : all_linears) {
+    const std::string name = linear_name(index, kind);
+    const linear_shape s = shape_of(config, kind);
+    linear_of(b, kind) = linear(
+        exec, source.matrix(name, s.out_channels, s.in_channels),
+        has_bias(config, kind) ? source.vector(name + ".bias", s.out_channels)
+                               : std::vector<float>{});
+  }
+  return b;
+}
+
+void attend(const qeft::on_host& exec, const model_config& config, const rope_table& rope,
+            const block& b, const float* x, index_t tokens, index_t first, block_cache& cache,
+            float* out) {
+  const index_t heads = config.num_attention_heads;
+  const index_t value_heads = config.num_key_value_heads;
+  const index_t dim = config.head_dim;
+  const index_t capacity = static_cast<index_t>(cache.keys.size()) / (value_heads * dim);
+  std::vector<float> q(static_cast<std::size_t>(tokens * heads * dim));
+  std::vector<float> k(static_cast<std::size_t>(tokens * value_heads * dim));
+  std::vector<float> v(k.size());
+  b.q.forward(exec, x, tokens, q.data());
+  b.k.forward(exec, x, tokens, k.data());
+  b.v.forward(exec, x, tokens, v.data());
+  for (index_t t = 0; t < tokens; ++t) {
+    for (index_t h = 0; h < heads; ++h) rope.rotate(q.data() + (t * heads + h) * dim, first + t);
+    for (index_t h = 0; h < value_heads; ++h) {
+      const index_t from = (t * value_heads + h) * dim;
+      const index_t to = (h * capacity + first + t) * dim;
+      rope.rotate(k.data() + from, first + t);
+      std::memcpy(cache.keys.data() + to, k.data() + from,
+                  static_cast<std::size_t>(dim) * sizeof(float));
+      std::memcpy(cache.values.data() + to, v.data() + from,
+                  static_cast<std::size_t>(dim) * sizeof(float));
+    }
+  }
+
+  const float scale = 1.0F / std::sqrt(static_cast<float>(dim));
+  const index_t query_blocks = qeft::ceil_div(tokens, query_block);
+  exec.parallel_for(heads * query_blocks, 1, [&](index_t begin, index_t end) {
+    row_major scores;
+    row_major mixed;
+    for (index_t task = begin; task < end; ++task) {
+      const index_t head = task % heads;
+      const index_t begin_query = task / heads * query_block;
+      const index_t queries = std::min(query_block, tokens - begin_query);
+      const index_t keys = first + begin_query + queries;
+      const index_t offset = head / (heads / value_heads) * capacity * dim;
+      using strided = Eigen::Map<const row_major, 0, Eigen::OuterStride<>>;
+      const strided q_block(q.data() + (begin_query * heads + head) * dim, queries, dim,
+                            Eigen::OuterStride<>(heads * dim));
+      const Eigen::Map<const row_major> k_block(cache.keys.data() + offset, keys, dim);
+      const Eigen::Map<const row_major> v_block(cache.values.data() + offset, keys, dim);
+      scores.noalias() = q_block * k_block.transpose();
+      scores *= scale;
+      for (index_t i = 0; i < queries; ++i) {
+        const index_t visible = first + begin_query + i + 1;
+        const index_t hidden =
+            config.sliding_window > 0 ? std::max<index_t>(0, visible - config.sliding_window) : 0;
+        float* row = scores.data() + i * keys;
+        std::fill(row, row + hidden, 0.0F);
+        softmax(row + hidden, visible - hidden);
+        std::fill(row + visible, row + keys, 0.0F);
+      }
+      mixed.noalias() = scores * v_block;
+      for (index_t i = 0; i < queries; ++i) {
+        std::memcpy(out + ((begin_query + i) * heads + head) * dim, mixed.data() + i * dim,
+                    static_cast<std::size_t>(dim) * sizeof(float));
+      }
+    }
+  });
+}
+
+void mlp_inner(const qeft::on_host& exec, const block& b, const float* x, index_t tokens,
+               float* out) {
+  std::vector<float> up(static_cast<std::size_t>(tokens * b.up.out_channels()));
+  b.gate.forward(exec, x, tokens, out);
+  b.up.forward(exec, x, tokens, up.data());
+  swiglu(exec, out, up.data(), static_cast<index_t>(up.size()));
+}
+
+void block_forward(const qeft::on_host& exec, const model_config& config, const rope_table& rope,
+                   const block& b, index_t tokens, index_t first, block_cache& cache,
+                   float* stream, const activation_tap& tap) {
+  const auto see = [&](linear_kind kind, const std::vector<float>& x) {
+    if (tap) tap(kind, x.data(), tokens);
+  };
+  const auto floats = [&](index_t channels) {
+    return std::vector<float>(static_cast<std::size_t>(tokens * channels));
+  };
+  const auto epsilon = static_cast<float>(config.rms_norm_eps);
+  std::vector<float> x = floats(config.hidden_size);
+  std::vector<float> sum = floats(config.hidden_size);
+
+  rms_norm(exec, stream, b.attention_norm.data(), epsilon, tokens, config.hidden_size, x.data());
+  see(linear_kind::q, x);
+  see(linear_kind::k, x);
+  see(linear_kind::v, x);
+  std::vector<float> inner = floats(config.num_attention_heads * config.head_dim);
+  attend(exec, config, rope, b, x.data(), tokens, first, cache, inner.data());
+  see(linear_kind::o, inner);
+  b.o.forward(exec, inner.data(), tokens, sum.data());
+  add(exec, sum.data(), static_cast<index_t>(sum.size()), stream);
+
+  rms_norm(exec, stream, b.mlp_norm.data(), epsilon, tokens, config.hidden_size, x.data());
+  see(linear_kind::gate, x);
+  see(linear_kind::up, x);
+  inner = floats(config.intermediate_size);
+  mlp_inner(exec, b, x.data(), tokens, inner.data());
+  see(linear_kind::down, inner);
+  b.down.forward(exec, inner.data(), tokens, sum.data());
+  add(exec, sum.data(), static_cast<index_t>(sum.size()), stream);
+}
+
+llama_model::llama_model(const qeft::on_host& exec, const model_source& source)
+    : exec_(exec), config_(source.config()), rope_(config_) {
+  if (!config_.quantization) source.weights().require(expected_tensors(config_));
+  embedding_ = linear(
+      exec, source.matrix("model.embed_tokens", config_.vocab_size, config_.hidden_size));
+  for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
+    blocks_.push_back(load_block(exec, source, l));
+  }
+  norm_ = source.vector("model.norm.weight", config_.hidden_size);
+  if (!config_.tie_word_embeddings) {
+    head_ = linear(exec, source.matrix("lm_head", config_.vocab_size, config_.hidden_size));
+  }
+}
+
+void llama_model::reset(index_t capacity) {
+  if (capacity < 1 || capacity > config_.max_position_embeddings) {
+    fail(errc::invalid_argument, "llama_model: a sequence of " + std::to_string(capacity) +
+                                     " tokens was asked for, but the model's "
+                                     "max_position_embeddings is " +
+                                     std::to_string(config_.max_position_embeddings));
+  }
+  position_ = 0;
+  if (capacity == capacity_) return;
+  capacity_ = capacity;
+  const auto size =
+      static_cast<std::size_t>(capacity * config_.num_key_value_heads * config_.head_dim);
+  caches_.assign(blocks_.size(), {});
+  for (auto& c : caches_) {
+    c.keys.resize(size);
+    c.values.resize(size);
+  }
+}
+
+const std::vector<float>& llama_model::forward(const std::vector<int>& tokens,
+                                               const activation_tap& tap) {
+  const auto count = static_cast<index_t>(tokens.size());
+  if (position_ + count > capacity_) {
+    fail(errc::invalid_argument, "llama_model: the sequence grows to " +
+                                     std::to_string(position_ + count) +
+                                     " tokens, but there is room for " +
+                                     std::to_string(capacity_));
+  }
+  stream_.resize(static_cast<std::size_t>(count * config_.hidden_size));
+  for (index_t t = 0; t < count; ++t) {
+    embedding_.read_row(tokens[static_cast<std::size_t>(t)],
+                        stream_.data() + t * config_.hidden_size);
+  }
+  for (std::size_t l = 0; l < blocks_.size(); ++l) {
+    block_forward(exec_, config_, rope_, blocks_[l], count, position_, caches_[l], stream_.data(),
+                  tap);
+  }
+  rms_norm(exec_, stream_.data(), norm_.data(), static_cast<float>(config_.rms_norm_eps), count,
+           config_.hidden_size, stream_.data());
+  position_ += count;
+  return stream_;
+}
+
+void llama_model::logits(const float* normed, index_t rows, float* logits) const {
+  head().forward(exec_, normed, rows, logits);
+}
+
+}  // namespace qeft_llm

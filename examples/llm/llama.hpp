@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// Decoder of the Llama family in FP32 activations, cut into the phases that calibration needs.
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "config.hpp"
+#include "hf_model.hpp"
+#include "linear.hpp"
+#include "qeft/core/on_host.hpp"
+
+namespace qeft_llm {
+
+/// Reads the tensors of a model directory, full-precision or a QEFT checkpoint.
+class model_source {
+ public:
+  explicit model_source(const std::filesystem::path& directory);
+
+  const model_config& config() const noexcept { return config_; }
+  const hf_weights& weights() const noexcept { return weights_; }
+
+  /// @param name without ".weight"; quantised where the checkpoint says so, else all columns weak
+  packed_matrix matrix(const std::string& name, qeft::index_t out_channels,
+                       qeft::index_t in_channels) const;
+  /// A norm's weight or a bias.
+  std::vector<float> vector(const std::string& name, qeft::index_t size) const;
+
+ private:
+  model_config config_;
+  hf_weights weights_;
+};
+
+/// cos and sin of every (position, pair); pairs are (i, i + head_dim / 2).
+class rope_table {
+ public:
+  rope_table() = default;
+  explicit rope_table(const model_config& config);
+  /// Rotates one head, (head_dim), in place. @pre 0 <= position < max_position_embeddings
+  void rotate(float* head, qeft::index_t position) const noexcept;
+
+ private:
+  qeft::index_t half_ = 0;
+  std::vector<float> cos_;  // (positions, head_dim / 2)
+  std::vector<float> sin_;
+};
+
+/// Keys and values of one block for the tokens seen so far: (KV heads, capacity, head_dim).
+struct block_cache {
+  std::vector<float> keys;
+  std::vector<float> values;
+};
+
+/// One decoder block.
+struct block {
+  std::vector<float> attention_norm;
+  linear q, k, v, o;
+  std::vector<float> mlp_norm;
+  linear gate, up, down;
+};
+
+/// The linears of a block in the order of the computation, and their names without ".weight".
+enum class linear_kind { q, k, v, o, gate, up, down };
+inline constexpr linear_kind all_linears[] = {linear_kind::q,    linear_kind::k,  linear_kind::v,
+                                              linear_kind::o,    linear_kind::gate,
+                                              linear_kind::up,   linear_kind::down};
+std::string linear_name(qeft::index_t block, linear_kind kind);
+linear& linear_of(block& b, linear_kind kind);
+
+/// Rows and columns of a linear.
+struct linear_shape {
+  qeft::index_t out_channels;
+  qeft::index_t in_channels;
+};
+linear_shape shape_of(const model_config& config, linear_kind kind);
+
+/// Sees the input of every linear: x is (tokens, IC).
+using activation_tap = std::function<void(linear_kind kind, const float* x, qeft::index_t tokens)>;
+
+block load_block(const qeft::on_host& exec, const model_source& source, qeft::index_t index);
+
+/// The phases of a block. x and out are (tokens, channels).
+///
+/// q, k, v and attention over the tokens at positions [first, first + tokens) and all before them in
+/// the cache: x is the normed stream, out (tokens, heads * head_dim) is o_proj's input.
+void attend(const qeft::on_host& exec, const model_config& config, const rope_table& rope,
+            const block& b, const float* x, qeft::index_t tokens, qeft::index_t first,
+            block_cache& cache, float* out);
+/// silu(gate x) * up x: down_proj's input, (tokens, intermediate_size).
+void mlp_inner(const qeft::on_host& exec, const block& b, const float* x, qeft::index_t tokens,
+               float* out);
+/// The whole block: stream is (tokens, hidden_size), updated in place.
+void block_forward(const qeft::on_host& exec, const model_config& config, const rope_table& rope,
+                   const block& b, qeft::index_t tokens, qeft::index_t first, block_cache& cache,
+                   float* stream, const activation_tap& tap = {});
+
+/// A model and its state for one sequence.
+class llama_model {
+ public:
+  llama_model(const qeft::on_host& exec, const model_source& source);
+
+  const model_config& config() const noexcept { return config_; }
+  const std::vector<block>& blocks() const noexcept { return blocks_; }
+  const linear& head() const noexcept { return head_ ? *head_ : embedding_; }
+
+  /// Forgets the sequence and makes room for `capacity` tokens.
+  void reset(qeft::index_t capacity);
+  /// Tokens seen since reset.
+  qeft::index_t position() const noexcept { return position_; }
+
+  /// Appends tokens to the sequence. @return the stream after the final norm, (tokens, hidden_size)
+  /// @throws qeft::error for ids outside of the vocabulary or more tokens than there is room for
+  const std::vector<float>& forward(const std::vector<int>& tokens, const activation_tap& tap = {});
+  /// Logits of rows of what forward returned. @param logits (rows, vocab_size)
+  void logits(const float* normed, qeft::index_t rows, float* logits) const;
+
+ private:
+  qeft::on_host exec_;
+  model_config config_;
+  rope_table rope_;
+  linear embedding_;
+  std::vector<block> blocks_;
+  std::vector<float> norm_;
+  std::optional<linear> head_;  // none when tied
+  std::vector<block_cache> caches_;
+  std::vector<float> stream_;
+  qeft::index_t capacity_ = 0;
+  qeft::index_t position_ = 0;
+};
+
+}  // namespace qeft_llm

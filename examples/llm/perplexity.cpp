@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// `qeft-llm perplexity`.
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <vector>
+
+#include "commands.hpp"
+#include "elementwise.hpp"
+#include "llama.hpp"
+#include "progress.hpp"
+#include "tokenizer.hpp"
+
+namespace qeft_llm {
+
+using qeft::errc;
+using qeft::fail;
+using qeft::index_t;
+
+namespace {
+
+// Rows of logits held at a time: 64 x 49152 floats are 12 MiB.
+constexpr index_t logit_rows = 64;
+
+/// -log softmax(logits)[target]
+double negative_log_likelihood(const float* logits, index_t vocabulary, int target) {
+  const float largest = *std::max_element(logits, logits + vocabulary);
+  double sum = 0;
+  for (index_t v = 0; v < vocabulary; ++v) {
+    sum += static_cast<double>(exp_clamped(logits[v] - largest));
+  }
+  return std::log(sum) + static_cast<double>(largest) - static_cast<double>(logits[target]);
+}
+
+}  // namespace
+
+int run_perplexity(const perplexity_options& o) {
+  if (o.seq_len < 2) {
+    fail(errc::invalid_argument,
+         "perplexity: --seq-len is " + std::to_string(o.seq_len) + ", but must be at least 2");
+  }
+  std::ifstream file(o.text, std::ios::binary);
+  if (!file) fail(errc::io_error, "text file " + o.text + ": " + std::strerror(errno));
+  const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+
+  const qeft::on_host exec(o.threads);
+  const model_source source(o.model);
+  llama_model model(exec, source);
+  const model_config& config = model.config();
+  const std::vector<int> ids =
+      tokenizer::from_file(o.model + "/tokenizer.json").encode(text, /*parse_special=*/false);
+  index_t windows = static_cast<index_t>(ids.size()) / o.seq_len;
+  if (o.tokens > 0) windows = std::min(windows, qeft::ceil_div(o.tokens, o.seq_len));
+  if (windows == 0) {
+    fail(errc::invalid_argument, "perplexity: " + o.text + " holds " + std::to_string(ids.size()) +
+                                     " tokens, but a window needs " + std::to_string(o.seq_len));
+  }
+
+  double total = 0;
+  std::vector<float> logits(static_cast<std::size_t>(logit_rows * config.vocab_size));
+  {
+    progress bar("perplexity", windows);
+    for (index_t w = 0; w < windows; ++w) {
+      const std::vector<int> window(ids.begin() + w * o.seq_len, ids.begin() + (w + 1) * o.seq_len);
+      model.reset(o.seq_len);
+      const std::vector<float>& normed = model.forward(window);
+      for (index_t t = 0; t < o.seq_len - 1; t += logit_rows) {
+        const index_t rows = std::min(logit_rows, o.seq_len - 1 - t);
+        model.logits(normed.data() + t * config.hidden_size, rows, logits.data());
+        std::vector<double> nll(static_cast<std::size_t>(rows));
+        exec.parallel_for(rows, 1, [&](index_t begin, index_t end) {
+          for (index_t r = begin; r < end; ++r) {
+            nll[static_cast<std::size_t>(r)] =
+                negative_log_likelihood(logits.data() + r * config.vocab_size, config.vocab_size,
+                                        window[static_cast<std::size_t>(t + r + 1)]);
+          }
+        });
+        for (const double x : nll) total += x;
+      }
+      bar.advance();
+    }
+  }
+  const index_t counted = windows * (o.seq_len - 1);
+  std::printf("perplexity %.4f tokens %lld\n", std::exp(total / static_cast<double>(counted)),
+              static_cast<long long>(counted));
+  return 0;
+}
+
+}  // namespace qeft_llm
