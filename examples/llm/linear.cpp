@@ -62,6 +62,10 @@ linear::linear(const qeft::on_host& exec, const packed_matrix& weight, std::vect
   }
 }
 
+void linear::replace_weight(const qeft::on_host& exec, const packed_matrix& weight) {
+  *this = linear(exec, weight, std::move(bias_));
+}
+
 void linear::forward(const qeft::on_host& exec, const float* x, index_t tokens, float* y) const {
   qeft::gemm(exec, weight_, x, tokens, y).throw_if_error();
   const auto oc = static_cast<std::size_t>(out_channels());

@@ -2,6 +2,7 @@
 // One type for every linear layer of a model, quantised or not.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "qeft/container/quantized_matrix.hpp"
@@ -28,6 +29,9 @@ class linear {
   qeft::index_t out_channels() const noexcept { return weight_.descriptor().out_channels; }
   qeft::index_t in_channels() const noexcept { return weight_.descriptor().in_channels; }
   const qeft::matrix_descriptor& descriptor() const noexcept { return weight_.descriptor(); }
+
+  /// Another weight of the same shape; the bias stays.
+  void replace_weight(const qeft::on_host& exec, const packed_matrix& weight);
 
   /// y = W x + bias. @param x (tokens, IC) @param y (tokens, OC)
   void forward(const qeft::on_host& exec, const float* x, qeft::index_t tokens, float* y) const;
