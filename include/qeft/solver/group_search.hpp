@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: Apache-2.0
+// The scale and zero point of one group of weights (METHOD section 3, step 4): an exhaustive
+// definition, and a search that skips only candidates which provably cannot win.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "qeft/core/half.hpp"
+#include "qeft/core/math.hpp"
+#include "qeft/core/memory.hpp"
+#include "qeft/format/quant_format.hpp"
+
+namespace qeft::solver {
+
+enum class search_method {
+  grid,    // shrunken ranges x zero points, least error
+  minmax,  // the full range, as plain round-to-nearest does
+};
+
+struct group_search_options {
+  search_method method = search_method::grid;
+  int steps = 40;     // P: ranges i / P for i = 1 .. P (100 without OPTQ in the authors' code)
+  double norm = 2.4;  // p of mean |w - Q(w)|^p, in [1, 8]; 2 in the paper's text
+};
+
+/// The part of a format that a group search depends on.
+struct group_format {
+  int bits = 4;
+  zero_kind zero = zero_kind::integer;
+  scalar_kind scalar = scalar_kind::half;
+};
+
+/// Throws when an option breaks its rule.
+inline void check(const group_search_options& o) {
+  if (o.steps < 1 || o.steps > 10000) {
+    fail(errc::invalid_argument, "group_search_options: steps is " + std::to_string(o.steps) +
+                                     ", but must be in [1, 10000]");
+  }
+  if (!(o.norm >= 1.0 && o.norm <= 8.0)) {
+    fail(errc::invalid_argument, "group_search_options: norm is " + std::to_string(o.norm) +
+                                     ", but must be in [1, 8]");
+  }
+}
+
+/// Rounds weights with one (scale, zero) as stored. Every zero_kind is the same map: a weight becomes
+/// scale * level + offset with an integer level in [lower, upper], and its code is level - lower.
+struct group_quantizer {
+  float scale;   // what the stored 16-bit scale reads back as; positive and finite
+  float offset;  // the stored scaled zero; 0 for the other kinds
+  float lower;   // -z, or 0 for scaled zeros
+  float upper;   // lower + 2^bits - 1
+
+  /// The nearest level, ties to even; NaN gives the lowest.
+  float level(float w) const noexcept {
+    float x = (w - offset) / scale;
+    x = x > lower ? x : lower;
+    x = x < upper ? x : upper;
+    // Adding 1.5 * 2^23 leaves no fraction bits: rounds |x| < 2^22 in any vector instruction set.
+    return (x + 12582912.0F) - 12582912.0F;
+  }
+  /// The same value as dequantize_code: the product is exact.
+  float value(float at_level) const noexcept { return scale * at_level + offset; }
+  float nearest(float w) const noexcept { return value(level(w)); }
+  std::uint8_t code(float at_level) const noexcept {
+    return static_cast<std::uint8_t>(static_cast<int>(at_level - lower));
+  }
+};
+
+/// A group's parameters, as quantized_matrix::write_params takes them, and what they do.
+struct group_choice {
+  std::uint16_t scale_bits = 0;
+  std::uint16_t zero = 0;  // integer z, mid code (symmetric), or the bits of the scaled zero
+  group_quantizer quantizer{1.0F, 0.0F, 0.0F, 0.0F};
+};
+
+namespace detail {
+
+/// Rounds to a stored scalar; saturates instead of overflowing.
+template <class Scalar>
+Scalar store(double x) {
+  const double largest = std::is_same_v<Scalar, half_bits> ? 65504.0 : 3.3895313892515355e38;
+  return from_float<Scalar>(static_cast<float>(std::clamp(x, -largest, largest)));
+}
+
+/// Rounds to a scale that can be divided by (positive, a normal float) and whose product with an
+/// 8-bit code is finite.
+template <class Scalar>
+Scalar store_scale(double x) {
+  constexpr bool is_half = std::is_same_v<Scalar, half_bits>;
+  return store<Scalar>(std::clamp(x, is_half ? 0x1p-24 : 0x1p-126, is_half ? 65504.0 : 0x1p119));
+}
+
+/// The parameters for a wanted scale and an integer zero point, rounded as they will be stored.
+template <class Scalar>
+group_choice make_choice(const group_format& f, Scalar scale, int zero) {
+  const float s = to_float(scale);
+  const auto max_code = static_cast<float>((1 << f.bits) - 1);
+  if (f.zero == zero_kind::scaled) {
+    const auto stored = store<Scalar>(-static_cast<double>(s) * zero);
+    return {scale.bits, stored.bits, {s, to_float(stored), 0.0F, max_code}};
+  }
+  const auto z = static_cast<float>(zero);
+  return {scale.bits, static_cast<std::uint16_t>(zero), {s, 0.0F, -z, max_code - z}};
+}
+
+/// min(w, 0) and max(w, 0).
+struct weight_range {
+  float low = 0.0F;
+  float high = 0.0F;
+
+  explicit weight_range(span<const float> w) {
+    for (const float x : w) {
+      low = x < low ? x : low;
+      high = x > high ? x : high;
+    }
+  }
+  double largest() const { return std::max(-static_cast<double>(low), static_cast<double>(high)); }
+  /// Scale that spreads all codes over i / steps of the range (symmetric: of [-largest, largest]).
+  double scale(const group_format& f, int i, int steps) const {
+    const double width = f.zero == zero_kind::symmetric
+                             ? 2.0 * largest()
+                             : static_cast<double>(high) - static_cast<double>(low);
+    return width * i / steps / ((1 << f.bits) - 1);
+  }
+  /// The integer zero point that represents `low` at this scale.
+  int zero_point(const group_format& f, float stored_scale) const {
+    const int max_code = (1 << f.bits) - 1;
+    if (f.zero == zero_kind::symmetric) return (max_code + 1) / 2;
+    const double z = std::nearbyint(-static_cast<double>(low) / stored_scale);
+    return static_cast<int>(std::clamp(z, 0.0, static_cast<double>(max_code)));
+  }
+};
+
+/// A power of two that brings weights up to `largest` near 1, so that no norm under- or overflows.
+inline float normalizer(double largest) {
+  if (largest == 0.0) return 1.0F;
+  return static_cast<float>(std::ldexp(1.0, std::clamp(-std::ilogb(largest), -126, 126)));
+}
+
+/// |e|^2
+struct squared_norm {
+  float normalize;
+  float operator()(float e) const noexcept {
+    e *= normalize;
+    return e * e;
+  }
+};
+
+/// |e|^p as 2^(p log2 |e|) by polynomials, without branches. Relative error below
+/// (1 + p) * 3e-6 + 1e-7 * p * |log2 e|; values under 2^-126 become 2^-126, and 0 stays 0.
+struct power_norm {
+  float normalize;
+  float p;
+  float operator()(float e) const noexcept {
+    const auto magnitude =
+        static_cast<std::int32_t>(qeft::detail::float_to_bits(e * normalize) & 0x7fffffffU);
+    // e = 2^k * m with m in [sqrt(1/2), sqrt(2)).
+    const std::int32_t k = (magnitude - 0x3f3504f3) >> 23;
+    const float r =
+        qeft::detail::bits_to_float(static_cast<std::uint32_t>(magnitude - k * (1 << 23))) - 1.0F;
+    float log2_m = -0.206605087F;
+    log2_m = log2_m * r + 0.32214292F;
+    log2_m = log2_m * r - 0.367483741F;
+    log2_m = log2_m * r + 0.479349682F;
+    log2_m = log2_m * r - 0.721132269F;
+    log2_m = log2_m * r + 1.44271342F;
+    float y = p * (static_cast<float>(k) + log2_m * r);
+    y = y < -126.0F ? -126.0F : y;
+    y = y > 126.0F ? 126.0F : y;
+    const float whole = (y + 12582912.0F) - 12582912.0F;
+    const float t = y - whole;
+    float power = 0.00957010143F;
+    power = power * t + 0.0559178603F;
+    power = power * t + 0.240247448F;
+    power = power * t + 0.693121815F;
+    power = power * t + 0.999999261F;
+    const std::int32_t exponent = (static_cast<std::int32_t>(whole) + 127) * (1 << 23);
+    const float result = power * qeft::detail::bits_to_float(static_cast<std::uint32_t>(exponent));
+    return magnitude == 0 ? 0.0F : result;
+  }
+};
+
+/// Calls visitor(norm) with the functor of |e|^p.
+template <class Visitor>
+auto visit_norm(double p, float normalize, Visitor&& visitor) {
+  if (p == 2.0) return visitor(squared_norm{normalize});
+  return visitor(power_norm{normalize, static_cast<float>(p)});
+}
+
+/// sum |w - Q(w)|^p, in a fixed order; once it exceeds `limit`, any partial sum above it.
+template <class Norm>
+double group_error(span<const float> w, const group_quantizer& q, const Norm& norm, double limit) {
+  constexpr index_t lanes = 16;
+  constexpr index_t block = 64;
+  double total = 0.0;
+  for (index_t begin = 0; begin < w.size(); begin += block) {
+    const index_t count = std::min(block, w.size() - begin);
+    const float* x = w.data() + begin;
+    float sum[lanes] = {};
+    index_t i = 0;
+    for (; i + lanes <= count; i += lanes) {
+      for (index_t l = 0; l < lanes; ++l) sum[l] += norm(x[i + l] - q.nearest(x[i + l]));
+    }
+    for (index_t l = 0; i + l < count; ++l) sum[l] += norm(x[i + l] - q.nearest(x[i + l]));
+    for (index_t half = lanes / 2; half > 0; half /= 2) {
+      for (index_t l = 0; l < half; ++l) sum[l] += sum[l + half];
+    }
+    total += static_cast<double>(sum[0]);
+    if (total > limit) return total;
+  }
+  return total;
+}
+
+/// Zero points that a search tries.
+inline std::pair<int, int> zero_candidates(const group_format& f) {
+  const int codes = 1 << f.bits;
+  return f.zero == zero_kind::symmetric ? std::pair{codes / 2, codes / 2} : std::pair{0, codes - 1};
+}
+
+template <class Scalar, class Norm>
+group_choice exhaustive(span<const float> w, const group_format& f, int steps, const Norm& norm) {
+  const weight_range range(w);
+  const auto [first_zero, last_zero] = zero_candidates(f);
+  group_choice best;
+  double least = std::numeric_limits<double>::infinity();
+  for (int i = steps; i >= 1; --i) {
+    const auto scale = store_scale<Scalar>(range.scale(f, i, steps));
+    for (int z = first_zero; z <= last_zero; ++z) {
+      const group_choice candidate = make_choice<Scalar>(f, scale, z);
+      const double e =
+          group_error(w, candidate.quantizer, norm, std::numeric_limits<double>::infinity());
+      if (e < least) {
+        least = e;
+        best = candidate;
+      }
+    }
+  }
+  return best;
+}
+
+template <class Scalar>
+group_choice minmax(span<const float> w, const group_format& f) {
+  const weight_range range(w);
+  const auto scale = store_scale<Scalar>(range.scale(f, 1, 1));
+  return make_choice<Scalar>(f, scale, range.zero_point(f, to_float(scale)));
+}
+
+template <class Scalar, class Norm>
+group_choice pruned(span<const float> w, const group_format& f, int steps, double p,
+                    const Norm& norm) {
+  const weight_range range(w);
+  const auto [first_zero, last_zero] = zero_candidates(f);
+  const auto max_code = static_cast<double>((1 << f.bits) - 1);
+
+  // The unclipped range is a good first bound; the loops meet it again in its turn, and `<=` there
+  // keeps the first of equally good candidates, as the exhaustive search does.
+  group_choice best = minmax<Scalar>(w, f);
+  double least =
+      group_error(w, best.quantizer, norm, std::numeric_limits<double>::infinity());
+  bool in_order = false;  // whether `best` was found by the loops
+
+  // An error sum of `least` bounds each single error: a candidate that clips an extreme weight by
+  // more than `reach` loses. 0.1% covers every rounding and the error of power_norm, 2^-60 the
+  // underflow of small errors.
+  const auto reach_of = [&](double sum) {
+    return (1.001 * std::pow(sum, 1.0 / p) + 0x1p-60) / static_cast<double>(norm.normalize);
+  };
+  double reach = reach_of(least);
+
+  const double width = static_cast<double>(range.high) - static_cast<double>(range.low);
+  std::uint16_t previous = 0;
+  for (int i = steps; i >= 1; --i) {
+    const auto scale = store_scale<Scalar>(range.scale(f, i, steps));
+    if (scale.bits == previous) continue;  // rounded to a scale that was just tried
+    previous = scale.bits;
+    // Whatever the zero point, one end of a too narrow window clips by half of what is missing; and
+    // windows only get narrower.
+    if ((width - static_cast<double>(to_float(scale)) * max_code) / 2.0 > reach) break;
+    for (int z = first_zero; z <= last_zero; ++z) {
+      const group_choice candidate = make_choice<Scalar>(f, scale, z);
+      const group_quantizer& q = candidate.quantizer;
+      const double below = static_cast<double>(q.value(q.lower)) - static_cast<double>(range.low);
+      const double above = static_cast<double>(range.high) - static_cast<double>(q.value(q.upper));
+      if (below > reach || above > reach) continue;
+      const double e = group_error(w, q, norm, least);
+      if (e < least || (e == least && !in_order)) {
+        least = e;
+        best = candidate;
+        in_order = true;
+        reach = reach_of(least);
+      }
+    }
+  }
+  return best;
+}
+
+template <class Visitor>
+auto visit_scalar(scalar_kind kind, Visitor&& visitor) {
+  return kind == scalar_kind::half ? visitor(half_bits{}) : visitor(bf16_bits{});
+}
+
+}  // namespace detail
+
+/// Smallest and largest weight at the two ends of the code range.
+/// @pre w is finite, is_supported_bits(f.bits)
+inline group_choice minmax_params(span<const float> w, const group_format& f) {
+  return detail::visit_scalar(f.scalar,
+                              [&](auto s) { return detail::minmax<decltype(s)>(w, f); });
+}
+
+/// The definition of the grid search: of all ranges i / steps of [min(w, 0), max(w, 0)], i = steps
+/// .. 1, and all zero points 0 .. 2^bits - 1 (symmetric: the middle), each rounded as it will be
+/// stored, the first with the least sum |w - Q(w)|^p. A scale that would be stored as zero becomes
+/// the smallest, one that would overflow the largest of its type.
+/// @pre w is finite, check(o) passes, is_supported_bits(f.bits)
+inline group_choice exhaustive_search(span<const float> w, const group_format& f,
+                                      const group_search_options& o) {
+  const float normalize = detail::normalizer(detail::weight_range(w).largest());
+  return detail::visit_norm(o.norm, normalize, [&](const auto& norm) {
+    return detail::visit_scalar(f.scalar, [&](auto s) {
+      return detail::exhaustive<decltype(s)>(w, f, o.steps, norm);
+    });
+  });
+}
+
+/// The result of exhaustive_search, without evaluating candidates whose clipping error alone exceeds
+/// the best error so far. Same preconditions.
+inline group_choice pruned_search(span<const float> w, const group_format& f,
+                                  const group_search_options& o) {
+  const float normalize = detail::normalizer(detail::weight_range(w).largest());
+  return detail::visit_norm(o.norm, normalize, [&](const auto& norm) {
+    return detail::visit_scalar(f.scalar, [&](auto s) {
+      return detail::pruned<decltype(s)>(w, f, o.steps, o.norm, norm);
+    });
+  });
+}
+
+/// The search that `o.method` names.
+inline group_choice find_params(span<const float> w, const group_format& f,
+                                const group_search_options& o) {
+  return o.method == search_method::minmax ? minmax_params(w, f) : pruned_search(w, f, o);
+}
+
+}  // namespace qeft::solver

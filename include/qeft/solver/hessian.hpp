@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Hessian of a layer's squared output error, accumulated sample by sample (METHOD section 2).
+#pragma once
+
+#include <vector>
+
+#include "qeft/solver/matrix_ops.hpp"
+
+namespace qeft::solver {
+
+/// H = 2 X X^T / T over T tokens: the mean over tokens, so that it does not depend on how tokens are
+/// cut into samples. Only the sample being added is resident.
+///
+/// Sums are FP32: their error, about 1e-6 of sqrt(H_ii H_jj) after 65,536 tokens, is far below the
+/// damping that every use of H adds, and double would cost twice the memory and time. Each tile of H
+/// is one task and takes the tokens in order, so results do not depend on the number of threads.
+class hessian_accumulator {
+ public:
+  explicit hessian_accumulator(index_t in_channels) : n_(in_channels) {
+    if (in_channels < 1) {
+      fail(errc::invalid_argument, "hessian_accumulator: in_channels is " +
+                                       std::to_string(in_channels) + ", but must be positive");
+    }
+    sum_.resize(static_cast<std::size_t>(checked_product(n_, n_, "hessian_accumulator")));
+  }
+
+  index_t in_channels() const noexcept { return n_; }
+  index_t tokens() const noexcept { return tokens_; }
+
+  /// Adds a sample: x is (tokens, in_channels), row-major. Throws not_finite naming token and channel;
+  /// the sum is then unchanged.
+  void add(const on_host& exec, const float* x, index_t tokens) {
+    if (tokens <= 0) return;
+    check_finite(exec, x, tokens, n_, "hessian_accumulator::add: x (tokens x in_channels)");
+    const index_t blocks = ceil_div(n_, tile);
+    exec.parallel_for(blocks * (blocks + 1) / 2, 1, [&](index_t begin, index_t end) {
+      for (index_t t = begin; t < end; ++t) {
+        // Task t is tile (row, col) of the upper triangle, counted column by column.
+        index_t col = 0;
+        while ((col + 1) * (col + 2) / 2 <= t) ++col;
+        const index_t row = t - col * (col + 1) / 2;
+        const index_t r = row * tile;
+        const index_t c = col * tile;
+        const index_t rows = std::min(tile, n_ - r);
+        const index_t cols = std::min(tile, n_ - c);
+        map_rows(sum_.data() + r * n_ + c, rows, cols, n_).noalias() +=
+            map_rows(x + r, tokens, rows, n_).transpose() * map_rows(x + c, tokens, cols, n_);
+      }
+    });
+    tokens_ += tokens;
+  }
+
+  /// diag(H) so far: the sensitivity of QEFT's global selection.
+  std::vector<double> diagonal() const {
+    std::vector<double> d(static_cast<std::size_t>(n_));
+    for (index_t j = 0; j < n_; ++j) {
+      d[static_cast<std::size_t>(j)] =
+          tokens_ == 0 ? 0.0
+                       : 2.0 * static_cast<double>(sum_[static_cast<std::size_t>(j * (n_ + 1))]) /
+                             static_cast<double>(tokens_);
+    }
+    return d;
+  }
+
+  /// Moves H out, (in_channels, in_channels), symmetric; zero without tokens. The accumulator is spent.
+  host_buffer<float> finish() && {
+    const double factor = tokens_ == 0 ? 0.0 : 2.0 / static_cast<double>(tokens_);
+    for (index_t r = 0; r < n_; ++r) {
+      for (index_t c = r; c < n_; ++c) {
+        const auto upper = static_cast<std::size_t>(r * n_ + c);
+        const auto h = static_cast<float>(static_cast<double>(sum_[upper]) * factor);
+        if (!std::isfinite(h)) {
+          fail(errc::not_finite, "hessian_accumulator::finish: H overflows at channels " +
+                                     std::to_string(r) + " and " + std::to_string(c));
+        }
+        sum_[upper] = h;
+        sum_[static_cast<std::size_t>(c * n_ + r)] = h;
+      }
+    }
+    return std::move(sum_);
+  }
+
+ private:
+  static constexpr index_t tile = 192;  // a few tiles per thread even at 576 channels
+
+  index_t n_;
+  index_t tokens_ = 0;
+  host_buffer<float> sum_;  // upper tiles of X X^T
+};
+
+}  // namespace qeft::solver

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+// What quantising one linear layer takes and returns, and the pieces that RTN and OPTQ share.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "qeft/container/pack.hpp"
+#include "qeft/container/quantized_matrix.hpp"
+#include "qeft/solver/cholesky.hpp"
+#include "qeft/solver/group_search.hpp"
+
+namespace qeft::solver {
+
+enum class layer_method {
+  rtn,   // round to nearest, no compensation; needs no Hessian
+  optq,  // error-compensated, column by column
+};
+
+/// Sizes that change speed and rounding only.
+struct optq_tuning {
+  index_t block_columns = 128;  // columns between two updates of all later columns
+  index_t tile_rows = 64;       // rows that a thread carries through all columns
+};
+
+struct layer_options {
+  layer_method method = layer_method::optq;
+  int bits = 4;                           // 2, 3, 4 or 8
+  index_t group_size = 128;               // multiple of 32, or per_channel
+  zero_kind zero = zero_kind::integer;
+  scalar_kind scalar = scalar_kind::half;
+  group_search_options search;
+  std::vector<std::int32_t> weak_columns;  // input columns kept in full precision, ascending
+  bool static_groups = false;  // OPTQ: all group parameters from the original weights
+  bool act_order = false;      // OPTQ: robust columns by falling H_jj; implies static_groups
+  /// Damping by the mean over all columns follows the paper; robust_mean leaves the weak ones out.
+  damping_options damping;
+  bool measure_error = true;  // fill layer_report::output_error and squared_error
+  optq_tuning tuning;
+};
+
+struct layer_report {
+  std::optional<double> output_error;     // E = tr(dW H dW^T), undamped H; empty without a Hessian
+  std::optional<double> squared_error;    // ||dW||^2, dW = W - dequantised, dead inputs included
+  double damping = 0.0;                   // lambda that was used; above the option when H needed more
+  std::vector<std::int32_t> dead_inputs;  // input columns with H_jj = 0
+  double factor_seconds = 0.0;
+  double solve_seconds = 0.0;
+  double measure_seconds = 0.0;
+};
+
+struct layer_result {
+  quantized_matrix<> matrix;  // weak columns `indexed` (or none), dense columns in original order
+  layer_report report;
+};
+
+namespace detail {
+
+inline matrix_descriptor describe(index_t out_channels, index_t in_channels,
+                                  const layer_options& o) {
+  matrix_descriptor d;
+  d.out_channels = out_channels;
+  d.in_channels = in_channels;
+  d.bits = o.bits;
+  d.group_size = o.group_size;
+  d.zero = o.zero;
+  d.scalar = o.scalar;
+  d.weak_columns = static_cast<index_t>(o.weak_columns.size());
+  d.weak = d.weak_columns == 0 ? weak_kind::none : weak_kind::indexed;
+  return d;
+}
+
+/// Collects rows in any order and from any thread (one thread per row), then packs what rows share.
+class layer_builder {
+ public:
+  layer_builder(index_t out_channels, index_t in_channels, const layer_options& o)
+      : matrix_(describe(out_channels, in_channels, o), o.weak_columns),
+        extent_(matrix_.descriptor().extent()),
+        format_{o.bits, o.zero, o.scalar} {
+    zeros_.resize(o.zero == zero_kind::integer
+                      ? static_cast<std::size_t>(out_channels * extent_.groups)
+                      : 0);
+    index_t weak = 0;
+    for (index_t c = 0; c < in_channels; ++c) {
+      if (weak < extent_.weak && o.weak_columns[static_cast<std::size_t>(weak)] == c) {
+        ++weak;
+      } else {
+        dense_columns_.push_back(static_cast<std::int32_t>(c));
+      }
+    }
+  }
+
+  const layout::extent& extent() const noexcept { return extent_; }
+  const group_format& format() const noexcept { return format_; }
+  /// Columns per group; the last group may be shorter.
+  index_t group_size() const noexcept {
+    const index_t g = matrix_.descriptor().group_size;
+    return g == per_channel ? std::max(extent_.dense, index_t{1}) : g;
+  }
+  /// Input columns of the dense columns, ascending.
+  const std::vector<std::int32_t>& dense_columns() const noexcept { return dense_columns_; }
+  const std::vector<std::int32_t>& weak_columns() const noexcept { return matrix_.weak_index(); }
+
+  void set_params(index_t row, index_t group, const group_choice& choice) {
+    const index_t at = layout::row_packed::param_index(extent_, row, group);
+    reinterpret_cast<std::uint16_t*>(matrix_.scales().data())[at] = choice.scale_bits;
+    if (format_.zero == zero_kind::scaled) {
+      reinterpret_cast<std::uint16_t*>(matrix_.zeros().data())[at] = choice.zero;
+    } else if (format_.zero == zero_kind::integer) {
+      zeros_[static_cast<std::size_t>(at)] = static_cast<std::uint8_t>(choice.zero);
+    }
+  }
+
+  /// @param codes (dense columns)
+  void set_codes(index_t row, const std::uint8_t* codes) {
+    visit_bits(format_.bits, [&](auto bits) {
+      auto* words = reinterpret_cast<std::uint32_t*>(matrix_.codes().data());
+      pack_array<bits>(codes, extent_.dense,
+                       words + row * layout::row_packed::row_words<bits>(extent_));
+    });
+  }
+
+  /// Rounds to the scalar type; a value that does not fit is an error.
+  void set_weak(index_t row, index_t j, float value) {
+    visit_scalar(format_.scalar, [&](auto scalar) {
+      const auto stored = from_float<decltype(scalar)>(value);
+      if (!std::isfinite(to_float(stored))) {
+        fail(errc::not_finite,
+             "quantize_layer: weak column " +
+                 std::to_string(weak_columns()[static_cast<std::size_t>(j)]) + ", row " +
+                 std::to_string(row) + " became " + std::to_string(value) +
+                 ", which overflows " + to_string(format_.scalar));
+      }
+      matrix_.write_weak(row, j, stored.bits);
+    });
+  }
+
+  quantized_matrix<> finish() && {
+    if (format_.zero == zero_kind::integer) {
+      visit_bits(format_.bits, [&](auto bits) {
+        pack_array<bits>(zeros_.data(), static_cast<index_t>(zeros_.size()),
+                         reinterpret_cast<std::uint32_t*>(matrix_.zeros().data()));
+      });
+    }
+    return std::move(matrix_);
+  }
+
+ private:
+  quantized_matrix<> matrix_;
+  layout::extent extent_;
+  group_format format_;
+  std::vector<std::uint8_t> zeros_;  // integer zero points, which share words across rows
+  std::vector<std::int32_t> dense_columns_;
+};
+
+}  // namespace detail
+
+}  // namespace qeft::solver

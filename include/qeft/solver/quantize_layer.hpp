@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// Quantises one linear layer: the entry point of the solver (METHOD section 3).
+#pragma once
+
+#include <chrono>
+#include <vector>
+
+#include "qeft/solver/layer.hpp"
+#include "qeft/solver/layer_error.hpp"
+#include "qeft/solver/optq.hpp"
+#include "qeft/solver/rtn.hpp"
+
+namespace qeft::solver {
+
+namespace detail {
+
+inline void check_layer(const on_host& exec, span<const float> w, index_t out_channels,
+                        index_t in_channels, span<const float> h, const layer_options& o) {
+  validate(describe(out_channels, in_channels, o)).throw_if_error();
+  check(o.search);
+  const auto sized = [](const char* what, index_t size, index_t rows, index_t cols) {
+    if (size == rows * cols) return;
+    fail(errc::invalid_argument, std::string("quantize_layer: ") + what + " has " +
+                                     std::to_string(size) + " elements, but must have " +
+                                     std::to_string(rows) + " x " + std::to_string(cols));
+  };
+  sized("w", w.size(), out_channels, in_channels);
+  if (o.method == layer_method::optq || !h.empty()) {
+    sized("the Hessian", h.size(), in_channels, in_channels);
+  }
+  if (o.tuning.block_columns < 1 || o.tuning.tile_rows < 1) {
+    fail(errc::invalid_argument, "optq_tuning: block_columns is " +
+                                     std::to_string(o.tuning.block_columns) + " and tile_rows is " +
+                                     std::to_string(o.tuning.tile_rows) +
+                                     ", but both must be positive");
+  }
+  check_finite(exec, w.data(), out_channels, in_channels, "quantize_layer: w");
+  if (!h.empty()) {
+    check_finite(exec, h.data(), in_channels, in_channels, "quantize_layer: the Hessian");
+  }
+}
+
+class stopwatch {
+ public:
+  /// Seconds since construction or the last call.
+  double lap() {
+    const auto now = std::chrono::steady_clock::now();
+    const double seconds = std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+    return seconds;
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+}  // namespace detail
+
+/// Quantises W by RTN or OPTQ. The result does not depend on the number of threads and never holds
+/// NaN or infinity: what is not finite in `w` or `h` is an error that names row and column, a Hessian
+/// that no damping repairs is errc::not_positive_definite, and a weak column that leaves the range of
+/// its 16-bit type is errc::not_finite.
+///
+/// OPTQ sets robust columns of dead inputs (H_jj = 0) to zero; RTN and weak columns keep them. With a
+/// Hessian of zeros OPTQ equals RTN.
+/// @param w (out_channels, in_channels), row-major
+/// @param h (in_channels, in_channels), symmetric; may be empty for layer_method::rtn
+inline layer_result quantize_layer(const on_host& exec, span<const float> w, index_t out_channels,
+                                   index_t in_channels, span<const float> h,
+                                   const layer_options& options) {
+  detail::check_layer(exec, w, out_channels, in_channels, h, options);
+  detail::layer_builder builder(out_channels, in_channels, options);
+  layer_result result;
+  detail::stopwatch watch;
+  if (options.method == layer_method::rtn) {
+    detail::solve_rtn(exec, w.data(), in_channels, options, builder);
+  } else {
+    const detail::solve_order order = detail::make_solve_order(builder, options, h);
+    inverse_factor factor =
+        factor_inverse(exec, h, order.input, builder.extent().dense, options.damping);
+    result.report.factor_seconds = watch.lap();
+    detail::optq_solver(w.data(), options, order, factor, builder).run(exec);
+    result.report.damping = factor.damping;
+    result.report.dead_inputs = std::move(factor.dead_inputs);
+  }
+  result.matrix = std::move(builder).finish();
+  result.report.solve_seconds = watch.lap();
+  if (options.measure_error) {
+    const layer_error e = measure_error(exec, w, result.matrix, h);
+    if (!h.empty()) result.report.output_error = e.output;
+    result.report.squared_error = e.squared;
+    result.report.measure_seconds = watch.lap();
+  }
+  return result;
+}
+
+/// ||dW_:,j||^2 per input column of a trial RTN quantisation without weak columns: the factor of OWQ's
+/// metric H_jj * ||dW_:,j||^2 (METHOD section 2). Format and search are those of `options`.
+inline std::vector<double> perturbation(const on_host& exec, span<const float> w,
+                                        index_t out_channels, index_t in_channels,
+                                        layer_options options) {
+  options.method = layer_method::rtn;
+  options.weak_columns.clear();
+  options.measure_error = false;
+  const layer_result trial = quantize_layer(exec, w, out_channels, in_channels, {}, options);
+  return column_error(exec, w, trial.matrix);
+}
+
+}  // namespace qeft::solver
