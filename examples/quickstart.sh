@@ -28,7 +28,7 @@ step() { printf '\n== %s  (%d:%02d)\n' "$1" $(((SECONDS - started) / 60)) $(((SE
 
 step "Packages"
 require_packages g++ cmake ninja-build libeigen3-dev nlohmann-json3-dev libcli11-dev libpcre2-dev \
-  libutf8proc-dev python3-venv
+  libutf8proc-dev pkg-config python3-venv
 
 step "Building qeft-llm"
 cmake -S . -B build/release -G Ninja -DCMAKE_BUILD_TYPE=Release -DQEFT_BUILD_TESTS=OFF \

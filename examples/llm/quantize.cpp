@@ -194,7 +194,7 @@ class quantizer {
                                                       : qeft::solver::search_method::minmax;
     s.search.steps = o_.steps;
     s.search.norm = o_.norm;
-    s.damping.lambda = o_.damping;
+    s.damping.damping = o_.damping;
     s.act_order = o_.act_order;
     s.static_groups = o_.static_groups || o_.act_order;
     s.weak_columns = std::move(weak);
@@ -482,7 +482,7 @@ class quantizer {
   void write(const output_directory& out) {
     namespace io = qeft::io;
     const qeft::reorder_plan plan = make_plan();
-    io::safetensors_writer writer({{"format", "pt"}});
+    io::safetensors_writer writer(std::map<std::string, std::string>{{"format", "pt"}});
     std::vector<std::vector<float>> vectors;  // kept until the file is written
     std::vector<packed_matrix> matrices;
     vectors.reserve(16 + 16 * static_cast<std::size_t>(config_.num_hidden_layers));
