@@ -128,12 +128,12 @@ std::vector<int> read_token_ids(const json_fields& fields, const char* key, inde
   const nlohmann::json list = value->is_array() ? *value : nlohmann::json::array({*value});
   std::vector<int> ids;
   for (const nlohmann::json& id : list) {
-    if (!id.is_number_unsigned() ||
-        id.get<std::uint64_t>() >= static_cast<std::uint64_t>(vocab_size)) {
+    const index_t n = id.is_number_integer() ? id.get<index_t>() : -1;
+    if (n < 0 || n >= vocab_size) {
       fields.refuse(key, "a token id below vocab_size = " + std::to_string(vocab_size) +
                              ", or a list of them");
     }
-    ids.push_back(static_cast<int>(id.get<std::uint64_t>()));
+    ids.push_back(static_cast<int>(n));
   }
   return ids;
 }
