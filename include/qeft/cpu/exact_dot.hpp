@@ -53,8 +53,9 @@ void dot_codes(const std::uint32_t* const* codes, index_t column_tiles, const fl
         unroll<vectors>([&](auto v) {
           const std::uint32_t* row =
               codes[v / per_tile] + t * tile_words + v % per_tile * Isa::lanes;
-          word[i][v] =
-              fields::word(b * block + i, [&](int w) { return Isa::load(row + w * tile_rows); });
+          constexpr int w = b * block + i;
+          word[i][v] = fields::template join<w>(Isa::load(row + fields::low_word(w) * tile_rows),
+                                                Isa::load(row + fields::high_word(w) * tile_rows));
         });
       });
       constexpr int block_columns = block * fields::per_word;
@@ -100,7 +101,8 @@ void decode_panel(const std::uint32_t* codes, index_t column_tiles, float* panel
     for (index_t row = 0; row < tile_rows; row += Isa::lanes) {
       unroll<fields::words>([&](auto w) {
         const auto word =
-            fields::word(w, [&](int i) { return Isa::load(codes + i * tile_rows + row); });
+            fields::template join<w>(Isa::load(codes + fields::low_word(w) * tile_rows + row),
+                                     Isa::load(codes + fields::high_word(w) * tile_rows + row));
         unroll<fields::per_word>([&](auto f) {
           constexpr int column = fields::column(w, f);
           Isa::store(panel + column * tile_rows + row,

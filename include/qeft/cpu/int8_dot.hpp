@@ -32,11 +32,13 @@ void dot_codes_int8(const std::uint32_t* const* codes, index_t column_tiles, con
     for (int i = 0; i < Tiles; ++i) prefetch_tile<Isa>(codes[i] + t * tile_words, tile_words);
     unroll<Tiles * per_tile>([&](auto v) {
       const std::uint32_t* row = codes[v / per_tile] + t * tile_words + v % per_tile * Isa::lanes;
-      const auto stored = [&](int w) { return Isa::load(row + w * tile_rows); };
       unroll<fields::halves>([&](auto half) {
         auto bytes = Isa::zero_sums();
         unroll<fields::quads>([&](auto q) {
-          const auto word = fields::word(fields::quad_word(q), stored);
+          constexpr int w = fields::quad_word(q);
+          const auto word =
+              fields::template join<w>(Isa::load(row + fields::low_word(w) * tile_rows),
+                                       Isa::load(row + fields::high_word(w) * tile_rows));
           bytes = Isa::multiply_add(bytes, fields::template isolate_quad<q, half>(word),
                                     Isa::broadcast(x + 4 * q));
         });
@@ -57,9 +59,11 @@ void decode_panel_int8(const std::uint32_t* codes, index_t column_tiles, std::ui
   for (index_t t = 0; t < column_tiles; ++t) {
     prefetch_tile<Isa>(codes, layout::simd_tile::tile_words<Bits>());
     for (index_t row = 0; row < tile_rows; row += Isa::lanes) {
-      const auto stored = [&](int w) { return Isa::load(codes + w * tile_rows + row); };
       unroll<fields::quads>([&](auto q) {
-        const auto word = fields::word(fields::quad_word(q), stored);
+        constexpr int w = fields::quad_word(q);
+        const auto word =
+            fields::template join<w>(Isa::load(codes + fields::low_word(w) * tile_rows + row),
+                                     Isa::load(codes + fields::high_word(w) * tile_rows + row));
         unroll<fields::halves>([&](auto half) {
           Isa::store(panel + (half * fields::quads + q) * tile_rows + row,
                      fields::template isolate_quad<q, half>(word));

@@ -4,224 +4,13 @@
 #pragma once
 
 #include "qeft/container/quantized_matrix.hpp"
-#include "qeft/cpu/activations.hpp"
-#include "qeft/cpu/group_lanes.hpp"
+#include "qeft/cpu/tile_product.hpp"
 #include "qeft/thread/dot.hpp"
 #include "qeft/thread/group.hpp"
 
 namespace qeft {
 
 namespace cpu::detail {
-
-// Tokens packed at a time: bounds the workspace to about 4 * 192 * IC bytes and keeps a chunk's
-// activations in the second-level cache. A multiple of every Isa::tokens.
-inline constexpr index_t token_block = 192;
-
-// Row tiles per panel pass of gemv: 64 rows give eight accumulators of AVX2, enough to hide the
-// latency of the additions.
-inline constexpr int gemv_tiles = 2;
-
-/// y(32) += step * (scale * acc + offset * sum): a chunk of one token.
-template <class Isa>
-QEFT_ALWAYS_INLINE void accumulate_chunk(const group_lanes& group, const float* acc,
-                                         const float* sum, const float* step, float* y) {
-  const auto vector_sum = Isa::broadcast(sum);
-  const auto vector_step = Isa::broadcast(step);
-  for (index_t i = 0; i < tile_rows; i += Isa::lanes) {
-    const auto shift = Isa::mul(Isa::load(group.offset + i), vector_sum);
-    const auto value = Isa::fma(Isa::load(group.scale + i), Isa::load(acc + i), shift);
-    Isa::store(y + i, Isa::fma(vector_step, value, Isa::load(y + i)));
-  }
-}
-
-/// y(32) += acc(32): a chunk of weak columns.
-template <class Isa>
-QEFT_ALWAYS_INLINE void accumulate_weak(const float* acc, float* y) {
-  for (index_t i = 0; i < tile_rows; i += Isa::lanes) {
-    Isa::store(y + i, Isa::add(Isa::load(y + i), Isa::load(acc + i)));
-  }
-}
-
-/// Writes up to 32 outputs.
-template <class Isa, class Y>
-void store_rows(Y* y, const float* values, index_t rows) {
-  index_t i = 0;
-  for (; i + Isa::lanes <= rows; i += Isa::lanes) Isa::store(y + i, Isa::load(values + i));
-  for (; i < rows; ++i) y[i] = from_float<Y>(values[i]);
-}
-
-/// The product of one layer with one block of packed tokens, by row tiles.
-template <class F, class Activation, class Isa>
-class tile_product {
- public:
-  using view_type = quantized_matrix_view<F, weak_tail<>, layout::simd_tile>;
-  using activations = packed_activations<Activation, Isa>;
-
-  tile_product(const view_type& w, const chunk_list& chunks, const activations& x)
-      : w_(w), chunks_(chunks), x_(x), tile_stride_(layout::simd_tile::column_tiles(w.extent())) {}
-
-  /// Rows of Tiles tiles of the only token.
-  template <int Tiles, class Y>
-  void one_token(index_t tile, Y* y) const {
-    alignas(64) array<float, Tiles* tile_rows> out = {};
-    alignas(64) array<float, Tiles * tile_rows> acc;
-    group_lanes group;
-    array<const std::uint32_t*, Tiles> codes;
-    for (index_t i = 0; i < chunks_.count(); ++i) {
-      const auto chunk = chunks_[i];
-      for (int t = 0; t < Tiles; ++t) codes[t] = codes_of(tile + t, chunk);
-      dot<Tiles>(codes, chunk.column_tiles(), x_.dense(0, chunk.first), acc);
-      for (int t = 0; t < Tiles; ++t) {
-        load_group<Isa>(w_, tile + t, chunk.group, group);
-        accumulate_chunk<Isa>(group, acc + t * tile_rows, x_.sums(0, i), x_.steps(0, i),
-                              out + t * tile_rows);
-      }
-    }
-    array<const typename F::scalar_type*, Tiles> weak;
-    for (index_t j = 0; j < w_.weak_columns(); j += chunk_list::max_columns) {
-      for (int t = 0; t < Tiles; ++t) weak[t] = weak_of(tile + t, j);
-      dot_weak<Isa, Tiles>(weak, weak_chunk(j), x_.weak(0, j), acc);
-      for (int t = 0; t < Tiles; ++t) {
-        accumulate_weak<Isa>(acc + t * tile_rows, out + t * tile_rows);
-      }
-    }
-    for (int t = 0; t < Tiles; ++t) {
-      store_rows<Isa>(y + (tile + t) * tile_rows, out + t * tile_rows, rows_of(tile + t));
-    }
-  }
-
-  /// Rows of one tile of all tokens: each chunk is decoded once into a panel that stays in the
-  /// first-level cache.
-  /// @param y (tokens, OC)
-  template <class Y>
-  void all_tokens(index_t tile, Y* y) const {
-    constexpr int halves = tile_fields<F::bits>::halves;
-    alignas(64) array<float, token_block * tile_rows> out;
-    alignas(64) array<float, Isa::tokens * tile_rows> acc;
-    alignas(64) array<float, chunk_list::max_columns * tile_rows> panel;
-    group_lanes group;
-    for (index_t i = 0; i < x_.tokens() * tile_rows; ++i) out[i] = 0.0F;
-
-    for (index_t i = 0; i < chunks_.count(); ++i) {
-      const auto chunk = chunks_[i];
-      load_group<Isa>(w_, tile, chunk.group, group);
-      const index_t column_tiles = chunk.column_tiles();
-      if constexpr (is_int8) {
-        alignas(64) array<std::uint32_t, chunk_list::max_columns * tile_rows / 4 * halves> bytes;
-        decode_panel_int8<F::bits, Isa>(codes_of(tile, chunk), column_tiles, bytes);
-        for_each_block([&](index_t first, index_t tokens) {
-          multiply_panel_int8<halves, Isa>(bytes, column_tiles, x_.dense(first, chunk.first),
-                                           tokens, acc);
-          accumulate_block(group, acc, first, tokens, i, out);
-        });
-      } else {
-        decode_panel<F::bits, Isa>(codes_of(tile, chunk), column_tiles, panel);
-        for_each_block([&](index_t first, index_t tokens) {
-          multiply_panel<Isa>(panel, column_tiles * tile_columns, x_.dense(first, chunk.first),
-                              tokens, acc);
-          accumulate_block(group, acc, first, tokens, i, out);
-        });
-      }
-    }
-    for (index_t j = 0; j < w_.weak_columns(); j += chunk_list::max_columns) {
-      decode_weak_panel<Isa>(weak_of(tile, j), weak_chunk(j), panel);
-      for_each_block([&](index_t first, index_t tokens) {
-        multiply_panel<Isa>(panel, weak_chunk(j), x_.weak(first, j), tokens, acc);
-        for (index_t t = 0; t < tokens; ++t) {
-          accumulate_weak<Isa>(acc + t * tile_rows, out + (first + t) * tile_rows);
-        }
-      });
-    }
-    for (index_t t = 0; t < x_.tokens(); ++t) {
-      store_rows<Isa>(y + t * w_.out_channels + tile * tile_rows, out + t * tile_rows,
-                      rows_of(tile));
-    }
-  }
-
- private:
-  static constexpr bool is_int8 = std::is_same_v<Activation, int8>;
-
-  template <int Tiles>
-  static void dot(const std::uint32_t* const* codes, index_t column_tiles,
-                  const typename activations::value_type* x, float* acc) {
-    if constexpr (is_int8) {
-      dot_codes_int8<F::bits, Isa, Tiles>(codes, column_tiles, x, acc);
-    } else {
-      dot_codes<F::bits, Isa, Tiles>(codes, column_tiles, x, acc);
-    }
-  }
-
-  /// body(first token, tokens) for each register block.
-  template <class Body>
-  void for_each_block(const Body& body) const {
-    for (index_t first = 0; first < x_.tokens(); first += Isa::tokens) {
-      body(first, x_.block_tokens(first));
-    }
-  }
-
-  void accumulate_block(const group_lanes& group, const float* acc, index_t first, index_t tokens,
-                        index_t chunk, float* out) const {
-    const float* sums = x_.sums(first, chunk);
-    const float* steps = x_.steps(first, chunk);
-    for (index_t t = 0; t < tokens; ++t) {
-      accumulate_chunk<Isa>(group, acc + t * tile_rows, sums + t, steps + t,
-                            out + (first + t) * tile_rows);
-    }
-  }
-
-  const std::uint32_t* codes_of(index_t tile, const chunk_list::chunk& chunk) const {
-    return w_.codes + (tile * tile_stride_ + chunk.first / tile_columns) *
-                          layout::simd_tile::tile_words<F::bits>();
-  }
-  const typename F::scalar_type* weak_of(index_t tile, index_t j) const {
-    return w_.weak_values + layout::simd_tile::weak_index(w_.extent(), tile * tile_rows, j);
-  }
-  index_t weak_chunk(index_t j) const {
-    const index_t left = w_.weak_columns() - j;
-    return left < chunk_list::max_columns ? left : chunk_list::max_columns;
-  }
-  index_t rows_of(index_t tile) const {
-    const index_t left = w_.out_channels - tile * tile_rows;
-    return left < tile_rows ? left : tile_rows;
-  }
-
-  const view_type& w_;
-  const chunk_list& chunks_;
-  const activations& x_;
-  index_t tile_stride_;
-};
-
-/// The product over simd_tile, whatever the weak policy and the type of the activations were.
-template <class F, class Activation, class Isa, class Y>
-void multiply(const on_host& exec,
-              const quantized_matrix_view<F, weak_tail<>, layout::simd_tile>& w,
-              const activation_source& source, index_t tokens, Y* y) {
-  const chunk_list chunks{w.dense_columns(), w.group_size()};
-  const index_t tiles = ceil_div(w.out_channels, tile_rows);
-  const packing how = make_packing<F::bits>();
-  packed_activations<Activation, Isa> x(chunks, w.weak_columns(),
-                                        tokens < token_block ? tokens : token_block);
-  const tile_product<F, Activation, Isa> product(w, chunks, x);
-
-  for (index_t first = 0; first < tokens; first += token_block) {
-    const index_t count = tokens - first < token_block ? tokens - first : token_block;
-    Y* out = y + first * w.out_channels;
-    x.pack(exec, source, how, first, count);
-    if (count == 1) {
-      exec.parallel_for(tiles, gemv_tiles, [&](index_t begin, index_t end) {
-        index_t tile = begin;
-        for (; tile + gemv_tiles <= end; tile += gemv_tiles) {
-          product.template one_token<gemv_tiles>(tile, out);
-        }
-        for (; tile < end; ++tile) product.template one_token<1>(tile, out);
-      });
-    } else {
-      exec.parallel_for(tiles, 1, [&](index_t begin, index_t end) {
-        for (index_t tile = begin; tile < end; ++tile) product.all_tokens(tile, out);
-      });
-    }
-  }
-}
 
 /// The stored bytes of every weak policy are those of weak_tail.
 template <class F, class W>
@@ -296,8 +85,11 @@ status gemm(const on_host& exec, const quantized_matrix_view<F, W, L>& w, const 
   static_cast<void>(activation);
   if (status s = supports_gemm(w, x, tokens, y); !s.ok()) return s;
   if constexpr (std::is_same_v<L, layout::simd_tile>) {
-    const auto source = cpu::detail::make_source<Isa>(x, w.weak, w.in_channels);
-    cpu::detail::multiply<F, Activation, Isa>(exec, cpu::detail::as_tail(w), source, tokens, y);
+    const auto tail = cpu::detail::as_tail(w);
+    cpu::detail::multiply<F::bits, Activation, Isa>(
+        exec, cpu::detail::tile_layer<Isa>(tail),
+        cpu::detail::make_source<Isa>(x, w.weak, w.in_channels), tokens,
+        cpu::detail::make_output<Isa>(y));
   } else {
     exec.parallel_for(w.out_channels, 1, [&](index_t begin, index_t end) {
       for (index_t n = begin; n < end; ++n) {

@@ -44,23 +44,23 @@ struct portable {
   struct words {
     std::uint32_t v[lanes];
 
-    friend words operator&(words a, std::uint32_t b) {
+    QEFT_HOST_DEVICE friend words operator&(words a, std::uint32_t b) {
       for (auto& x : a.v) x &= b;
       return a;
     }
-    friend words operator|(words a, words b) {
+    QEFT_HOST_DEVICE friend words operator|(words a, words b) {
       for (int i = 0; i < lanes; ++i) a.v[i] |= b.v[i];
       return a;
     }
-    friend words operator<<(words a, int b) {
+    QEFT_HOST_DEVICE friend words operator<<(words a, int b) {
       for (auto& x : a.v) x <<= b;
       return a;
     }
-    friend words operator>>(words a, int b) {
+    QEFT_HOST_DEVICE friend words operator>>(words a, int b) {
       for (auto& x : a.v) x >>= b;
       return a;
     }
-    friend words operator+(words a, words b) {
+    QEFT_HOST_DEVICE friend words operator+(words a, words b) {
       for (int i = 0; i < lanes; ++i) a.v[i] += b.v[i];
       return a;
     }
@@ -378,6 +378,10 @@ template <class Body, int... I>
 QEFT_ALWAYS_INLINE void unroll_indices(const Body& body, std::integer_sequence<int, I...>) {
   (body(std::integral_constant<int, I>{}), ...);
 }
+
+/// Row tiles that gemv takes at once: eight accumulators hide the latency of an addition.
+template <class Isa>
+inline constexpr int gemv_tiles = Isa::lanes <= 4 ? 1 : Isa::lanes / 4;
 
 /// body(integral_constant 0) ... body(integral_constant N - 1).
 template <int N, class Body>

@@ -30,28 +30,25 @@ struct tile_fields {
     return {c / per_word, c % per_word * distance};
   }
 
-  /// Word w of the fields, given `stored(i)`, word i of the tile's row.
-  template <class Stored>
-  QEFT_HOST_DEVICE static constexpr auto word(int w, const Stored& stored) noexcept {
+  /// The stored words of the tile's row that word w of the fields is made of: its own, and for 3
+  /// bits the one with the high bits.
+  QEFT_HOST_DEVICE static constexpr int low_word(int w) noexcept { return Bits == 3 ? w / 2 : w; }
+  QEFT_HOST_DEVICE static constexpr int high_word(int w) noexcept { return Bits == 3 ? 2 : w; }
+
+  /// Word W of the fields.
+  template <int W, class Word>
+  QEFT_HOST_DEVICE static constexpr Word join(Word low, [[maybe_unused]] Word high) noexcept {
     if constexpr (Bits == 3) {
-      const auto low = stored(w / 2);
-      const auto high = stored(2);
-      constexpr std::uint32_t low_mask = 0x33333333U;
-      constexpr std::uint32_t high_mask = 0x44444444U;
       // Column c of the tile has its high bit at 2 * (c % 16) + c / 16 and wants it two bits above
       // the field's lowest.
-      switch (w) {
-        case 0:
-          return (low & low_mask) | ((high << 2) & high_mask);
-        case 1:
-          return ((low >> 2) & low_mask) | (high & high_mask);
-        case 2:
-          return (low & low_mask) | ((high << 1) & high_mask);
-        default:
-          return ((low >> 2) & low_mask) | ((high >> 1) & high_mask);
-      }
+      constexpr std::uint32_t low_mask = 0x33333333U;
+      constexpr std::uint32_t high_mask = 0x44444444U;
+      if constexpr (W == 0) return (low & low_mask) | ((high << 2) & high_mask);
+      if constexpr (W == 1) return ((low >> 2) & low_mask) | (high & high_mask);
+      if constexpr (W == 2) return (low & low_mask) | ((high << 1) & high_mask);
+      if constexpr (W == 3) return ((low >> 2) & low_mask) | ((high >> 1) & high_mask);
     } else {
-      return stored(w);
+      return low;
     }
   }
 
