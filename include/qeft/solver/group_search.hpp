@@ -149,8 +149,8 @@ struct squared_norm {
   }
 };
 
-/// |e|^p as 2^(p log2 |e|) by polynomials, without branches. Relative error below
-/// (1 + p) * 3e-6 + 1e-7 * p * |log2 e|; values under 2^-126 become 2^-126, and 0 stays 0.
+/// |e|^p as 2^(p log2 |e|) by polynomials, without branches, so that it vectorises. Relative error
+/// below 3e-6 (1 + p) + 1e-7 p |log2 e|; values under 2^-126 become 0.
 struct power_norm {
   float normalize;
   float p;
@@ -167,9 +167,7 @@ struct power_norm {
     log2_m = log2_m * r + 0.479349682F;
     log2_m = log2_m * r - 0.721132269F;
     log2_m = log2_m * r + 1.44271342F;
-    float y = p * (static_cast<float>(k) + log2_m * r);
-    y = y < -126.0F ? -126.0F : y;
-    y = y > 126.0F ? 126.0F : y;
+    const float y = p * (static_cast<float>(k) + log2_m * r);
     const float whole = (y + 12582912.0F) - 12582912.0F;
     const float t = y - whole;
     float power = 0.00957010143F;
@@ -177,9 +175,10 @@ struct power_norm {
     power = power * t + 0.240247448F;
     power = power * t + 0.693121815F;
     power = power * t + 0.999999261F;
-    const std::int32_t exponent = (static_cast<std::int32_t>(whole) + 127) * (1 << 23);
-    const float result = power * qeft::detail::bits_to_float(static_cast<std::uint32_t>(exponent));
-    return magnitude == 0 ? 0.0F : result;
+    // 2^-127 has the exponent field of zero.
+    const std::int32_t exponent = std::min(std::max(static_cast<std::int32_t>(whole), -127), 127);
+    return power *
+           qeft::detail::bits_to_float(static_cast<std::uint32_t>((exponent + 127) * (1 << 23)));
   }
 };
 
@@ -263,10 +262,11 @@ group_choice pruned(span<const float> w, const group_format& f, int steps, doubl
   bool in_order = false;  // whether `best` was found by the loops
 
   // An error sum of `least` bounds each single error: a candidate that clips an extreme weight by
-  // more than `reach` loses. 0.1% covers every rounding and the error of power_norm, 2^-60 the
-  // underflow of small errors.
+  // more than `reach` loses. 0.1% covers every rounding and the error of power_norm,
+  // `underflow` what its smallest values lose.
+  const double underflow = std::exp2(-120.0 / p);
   const auto reach_of = [&](double sum) {
-    return (1.001 * std::pow(sum, 1.0 / p) + 0x1p-60) / static_cast<double>(norm.normalize);
+    return (1.001 * std::pow(sum, 1.0 / p) + underflow) / static_cast<double>(norm.normalize);
   };
   double reach = reach_of(least);
 
