@@ -2,7 +2,7 @@
 // Quantised linears and permutations as tensors of a checkpoint (DESIGN section 6).
 #pragma once
 
-#include <cmath>
+#include <array>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -10,143 +10,185 @@
 
 #include "qeft/container/quantized_matrix.hpp"
 #include "qeft/io/errors.hpp"
+#include "qeft/io/quantization_config.hpp"
 #include "qeft/io/safetensors.hpp"
 #include "qeft/reorder/permutation.hpp"
 
 namespace qeft::io {
 
 /// A quantised layer as stored, and which input columns of the original model its weak columns are.
+/// The two differ in a reordered layer, whose weak columns sit at the tail of the matrix.
 struct stored_linear {
   quantized_matrix<layout::row_packed> matrix;
-  std::vector<std::int32_t> weak_index;  // (k), original coordinates
+  std::vector<std::int32_t> weak_index;  // (k), original coordinates, ascending
 };
 
-namespace detail {
-
-inline span<const std::byte> bytes_of(const std::vector<std::int32_t>& values) {
-  return {reinterpret_cast<const std::byte*>(values.data()),
-          static_cast<index_t>(values.size() * sizeof(std::int32_t))};
+/// Adds 32-bit integers, which the writer copies.
+inline void add_i32(safetensors_writer& writer, const std::string& name,
+                    const std::vector<std::int32_t>& values) {
+  const span<const std::byte> bytes = as_bytes(values);
+  writer.add(name, dtype::i32, {static_cast<index_t>(values.size())},
+             std::vector<std::byte>(bytes.begin(), bytes.end()));
 }
 
-inline std::vector<std::int32_t> read_i32(const safetensors_reader& reader,
-                                          const std::string& name, index_t count) {
+/// Reads `count` 32-bit integers. Throws errc::corrupt_file for another type or shape.
+inline std::vector<std::int32_t> read_i32(const safetensors_reader& reader, const std::string& name,
+                                          index_t count) {
   const tensor_view& t = reader.at(name, dtype::i32, {count});
   std::vector<std::int32_t> values(static_cast<std::size_t>(count));
-  if (count > 0) std::memcpy(values.data(), t.data.data(), static_cast<std::size_t>(4 * count));
+  if (count > 0) std::memcpy(values.data(), t.data.data(), static_cast<std::size_t>(t.data.size()));
   return values;
 }
 
-/// The index of the first 16-bit float that is NaN or infinite, or -1.
-inline index_t first_not_finite(span<const std::byte> values, scalar_kind kind) {
-  const unsigned exponent = kind == scalar_kind::half ? 0x7c00U : 0x7f80U;
-  for (index_t i = 0; i < values.size() / 2; ++i) {
-    std::uint16_t bits = 0;
-    std::memcpy(&bits, values.data() + 2 * i, 2);
-    if ((bits & exponent) == exponent) return i;
+namespace detail {
+
+/// What the descriptor says about a tensor of a layer.
+struct linear_part {
+  const char* suffix;
+  dtype type;
+  std::vector<index_t> shape;
+  index_t bytes;
+};
+
+/// Codes, scales, zeros and weak columns, in this order.
+inline std::array<linear_part, 4> parts_of(const matrix_descriptor& d) {
+  const storage_bytes s = storage_of(d);
+  const dtype scalar = dtype_of(d.scalar);
+  const std::vector<index_t> params = {d.out_channels, d.groups()};
+  const bool scaled = d.zero == zero_kind::scaled;
+  return {{{".codes", dtype::u8, {d.out_channels, s.codes / d.out_channels}, s.codes},
+           {".scales", scalar, params, s.scales},
+           {".zeros", scaled ? scalar : dtype::u8, scaled ? params : std::vector{s.zeros}, s.zeros},
+           {".weak", scalar, {d.out_channels, d.weak_columns}, s.weak}}};
+}
+
+/// The rule of `weak_index`, or nothing when it holds.
+inline std::string weak_index_error(const std::vector<std::int32_t>& weak_index,
+                                    const matrix_descriptor& d) {
+  if (static_cast<index_t>(weak_index.size()) != d.weak_columns) {
+    return "has " + std::to_string(weak_index.size()) + " entries, but the layer has " +
+           std::to_string(d.weak_columns) + " weak columns";
   }
-  return -1;
+  index_t previous = -1;
+  for (const std::int32_t column : weak_index) {
+    if (column <= previous || column >= d.in_channels) {
+      return "holds " + std::to_string(column) + " after " + std::to_string(previous) +
+             ", but must ascend and stay below in_channels = " + std::to_string(d.in_channels);
+    }
+    previous = column;
+  }
+  return {};
 }
 
 }  // namespace detail
 
 /// Adds the tensors of a layer: NAME.codes (U8, (OC, bytes per row)), NAME.scales ((OC, groups)),
-/// NAME.zeros (U8 for packed integers, (OC, groups) for scaled ones, none for symmetric),
-/// NAME.weak ((OC, k)), NAME.weak_index (I32, (k), `original_weak`). Parts without elements are left
-/// out.
-/// @param matrix        must live until the file is written
-/// @param original_weak the weak columns in the coordinates of the original model, in the order of the
-///                      stored ones; must live until the file is written
+/// NAME.zeros (U8 for packed integers, (OC, groups) for scaled ones), NAME.weak ((OC, k)) and
+/// NAME.weak_index (I32, (k)). Parts without elements are left out. Throws errc::invalid_argument
+/// for a wrong weak index.
+/// @param matrix     must live until the file is written
+/// @param weak_index the weak columns in the coordinates of the original model, in the order in
+/// which
+///                   they are stored, which is ascending; for `indexed`, those of the matrix
 inline void add_linear(safetensors_writer& writer, const std::string& name,
                        const quantized_matrix<layout::row_packed>& matrix,
-                       const std::vector<std::int32_t>& original_weak) {
+                       const std::vector<std::int32_t>& weak_index) {
   const matrix_descriptor& d = matrix.descriptor();
-  if (static_cast<index_t>(original_weak.size()) != d.weak_columns) {
-    fail(errc::invalid_argument, "add_linear: " + name + " has " +
-                                     std::to_string(d.weak_columns) + " weak columns, but " +
-                                     std::to_string(original_weak.size()) +
-                                     " original positions");
+  const std::string broken = detail::weak_index_error(weak_index, d);
+  if (!broken.empty()) {
+    fail(errc::invalid_argument, "add_linear: weak_index of " + name + " " + broken);
   }
-  if (d.weak == weak_kind::indexed && matrix.weak_index() != original_weak) {
-    fail(errc::unsupported,
-         "add_linear: " + name + " is reordered, but its weak columns are still indexed");
+  if (d.weak == weak_kind::indexed && matrix.weak_index() != weak_index) {
+    fail(errc::invalid_argument,
+         "add_linear: " + name + " is indexed, so weak_index must be that of the matrix");
   }
-  const dtype scalar = dtype_of(d.scalar);
-  const auto add = [&](const char* part, dtype type, const std::vector<index_t>& shape,
-                       span<const std::byte> bytes) {
-    if (!bytes.empty()) writer.add(name + part, type, shape, bytes);
-  };
-  add(".codes", dtype::u8, {d.out_channels, matrix.codes().size() / d.out_channels},
-      matrix.codes());
-  add(".scales", scalar, {d.out_channels, d.groups()}, matrix.scales());
-  if (d.zero == zero_kind::scaled) {
-    add(".zeros", scalar, {d.out_channels, d.groups()}, matrix.zeros());
-  } else {
-    add(".zeros", dtype::u8, {matrix.zeros().size()}, matrix.zeros());
+  const std::array<span<const std::byte>, 4> bytes = {matrix.codes(), matrix.scales(),
+                                                      matrix.zeros(), matrix.weak()};
+  const auto parts = detail::parts_of(d);
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    if (bytes[i].empty()) continue;
+    writer.add(name + parts[i].suffix, parts[i].type, parts[i].shape, bytes[i]);
   }
-  add(".weak", scalar, {d.out_channels, d.weak_columns}, matrix.weak());
-  add(".weak_index", dtype::i32, {d.weak_columns}, detail::bytes_of(original_weak));
+  if (!weak_index.empty()) {
+    add_i32(writer, name + ".weak_index", weak_index);
+  }
 }
+void add_linear(safetensors_writer&, const std::string&, quantized_matrix<layout::row_packed>&&,
+                const std::vector<std::int32_t>&) = delete;  // it would not live long enough
 
-/// The counterpart of add_linear. Every size is checked against the descriptor, scales, zeros and weak
-/// columns must be finite; else errc::corrupt_file names the tensor.
+/// The counterpart of add_linear. Type and size of every tensor must be what the descriptor says,
+/// and the descriptor must be valid: else errc::corrupt_file or errc::invalid_argument. Scales,
+/// scaled zeros and weak columns must be finite: else errc::not_finite. Errors name the tensor.
 inline stored_linear read_linear(const safetensors_reader& reader, const std::string& name,
                                  const matrix_descriptor& d) {
   validate(d).throw_if_error();
-  stored_linear result;
-  if (d.weak_columns > 0) {
-    result.weak_index = detail::read_i32(reader, name + ".weak_index", d.weak_columns);
-    index_t previous = -1;
-    for (const std::int32_t column : result.weak_index) {
-      if (column <= previous || column >= d.in_channels) {
-        fail_corrupt(reader.where(), "tensor '" + name + ".weak_index' holds " +
-                                         std::to_string(column) + " after " +
-                                         std::to_string(previous) +
-                                         ", but must ascend and stay below " +
-                                         std::to_string(d.in_channels));
-      }
-      previous = column;
-    }
-  }
-  result.matrix = quantized_matrix<layout::row_packed>(
-      d, d.weak == weak_kind::indexed ? result.weak_index : std::vector<std::int32_t>{});
-  auto& m = result.matrix;
-  const dtype scalar = dtype_of(d.scalar);
-  const auto read = [&](const char* part, dtype type, const std::vector<index_t>& shape,
-                        span<std::byte> into) {
-    if (into.empty()) return;
-    const tensor_view& t = reader.at(name + part, type, shape);
-    std::memcpy(into.data(), t.data.data(), static_cast<std::size_t>(into.size()));
-    if (type != scalar) return;
-    const index_t bad = detail::first_not_finite(into, d.scalar);
-    if (bad >= 0) {
-      fail_corrupt(reader.where(), "tensor '" + name + part + "' is not finite at element " +
-                                       std::to_string(bad));
+  const auto refuse_extra = [&](const std::string& tensor) {
+    if (reader.contains(tensor)) {
+      fail_corrupt(reader.where(), "tensor '" + tensor + "' exists, but its layer needs none");
     }
   };
-  read(".codes", dtype::u8, {d.out_channels, m.codes().size() / d.out_channels}, m.codes());
-  read(".scales", scalar, {d.out_channels, d.groups()}, m.scales());
-  if (d.zero == zero_kind::scaled) {
-    read(".zeros", scalar, {d.out_channels, d.groups()}, m.zeros());
+  std::vector<std::int32_t> weak_index;
+  if (d.weak_columns > 0) {
+    weak_index = read_i32(reader, name + ".weak_index", d.weak_columns);
+    const std::string broken = detail::weak_index_error(weak_index, d);
+    if (!broken.empty()) {
+      fail_corrupt(reader.where(), "tensor '" + name + ".weak_index' " + broken);
+    }
   } else {
-    read(".zeros", dtype::u8, {m.zeros().size()}, m.zeros());
+    refuse_extra(name + ".weak_index");
   }
-  read(".weak", scalar, {d.out_channels, d.weak_columns}, m.weak());
-  return result;
+  // All sizes are checked before a layer of the size the descriptor claims is allocated.
+  const auto parts = detail::parts_of(d);
+  for (const detail::linear_part& part : parts) {
+    const std::string tensor = name + part.suffix;
+    if (part.bytes == 0) {
+      refuse_extra(tensor);
+      continue;
+    }
+    const tensor_view& t = reader.at(tensor, part.type, part.shape);
+    const index_t bad = part.type == dtype::u8 ? -1 : find_not_finite(t.data, d.scalar);
+    if (bad >= 0) {
+      fail(errc::not_finite, reader.where() + ": tensor '" + tensor +
+                                 "' holds a NaN or infinity at flat index " + std::to_string(bad));
+    }
+  }
+  quantized_matrix<layout::row_packed> matrix(
+      d, d.weak == weak_kind::indexed ? weak_index : std::vector<std::int32_t>{});
+  const std::array<span<std::byte>, 4> into = {matrix.codes(), matrix.scales(), matrix.zeros(),
+                                               matrix.weak()};
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    if (parts[i].bytes == 0) continue;
+    const tensor_view& t = reader.at(name + parts[i].suffix);
+    std::memcpy(into[i].data(), t.data.data(), static_cast<std::size_t>(parts[i].bytes));
+  }
+  return {std::move(matrix), std::move(weak_index)};
 }
 
-/// Adds a permutation as I32 tensor `qeft.permutation.SPACE`. It must live until the file is written.
+/// As above, with the descriptor that the checkpoint's config has for this layer.
+inline stored_linear read_linear(const safetensors_reader& reader, const std::string& name,
+                                 const quantization_config& config) {
+  const matrix_descriptor* d = config.find(name);
+  if (d == nullptr) {
+    fail_corrupt(reader.where(), "quantization_config lists no layer '" + name + "'");
+  }
+  return read_linear(reader, name, *d);
+}
+
+/// Adds a permutation as I32 tensor `qeft.permutation.SPACE`.
 inline void add_permutation(safetensors_writer& writer, const std::string& space,
                             const permutation& p) {
-  writer.add("qeft.permutation." + space, dtype::i32, {p.size()}, detail::bytes_of(p.source()));
+  add_i32(writer, "qeft.permutation." + space, p.source());
 }
 
-/// Reads what add_permutation stored; the identity where there is none.
+/// Reads what add_permutation stored; the identity where there is none. Throws errc::corrupt_file
+/// for another size or what is no permutation.
 inline permutation read_permutation(const safetensors_reader& reader, const std::string& space,
                                     index_t size) {
   const std::string name = "qeft.permutation." + space;
   if (!reader.contains(name)) return permutation::identity(size);
+  std::vector<std::int32_t> source = read_i32(reader, name, size);
   try {
-    return permutation(detail::read_i32(reader, name, size));
+    return permutation(std::move(source));
   } catch (const error& e) {
     fail_corrupt(reader.where(), "tensor '" + name + "': " + e.what());
   }

@@ -60,6 +60,15 @@ inline index_t find_not_finite(span<const float> values) noexcept {
   return -1;
 }
 
+/// Flat index of the first NaN or infinity among 16-bit floats, or -1.
+inline index_t find_not_finite(span<const std::byte> values, scalar_kind kind) noexcept {
+  const unsigned exponent = kind == scalar_kind::half ? 0x7c00U : 0x7f80U;
+  for (index_t i = 0; i < values.size() / 2; ++i) {
+    if ((detail::load<std::uint16_t>(values.data(), i) & exponent) == exponent) return i;
+  }
+  return -1;
+}
+
 /// Throws errc::not_finite naming the tensor and the flat index of its first NaN or infinity.
 inline void require_finite(span<const float> values, const std::string& name) {
   const index_t at = find_not_finite(values);
@@ -116,14 +125,11 @@ inline std::vector<std::byte> to_bytes(dtype type, span<const float> values,
                                   ", but only F16, BF16 and F32 are written from numbers");
   }
   if (type == dtype::f32) return out;
-  for (index_t i = 0; i < values.size(); ++i) {
-    const auto bits = detail::load<std::uint16_t>(out.data(), i);
-    const unsigned exponent = type == dtype::f16 ? 0x7c00U : 0x7f80U;
-    if ((bits & exponent) == exponent) {
-      fail(errc::not_finite, "tensor '" + name + "' holds " + std::to_string(values[i]) +
-                                 " at flat index " + std::to_string(i) + ", which overflows " +
-                                 to_string(type));
-    }
+  const auto kind = type == dtype::f16 ? scalar_kind::half : scalar_kind::bf16;
+  if (const index_t at = find_not_finite(out, kind); at >= 0) {
+    fail(errc::not_finite, "tensor '" + name + "' holds " + std::to_string(values[at]) +
+                               " at flat index " + std::to_string(at) + ", which overflows " +
+                               to_string(type));
   }
   return out;
 }

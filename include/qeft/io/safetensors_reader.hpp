@@ -61,20 +61,25 @@ class safetensors_file {
   const tensor_map& tensors() const noexcept { return tensors_; }
   const std::map<std::string, std::string>& metadata() const noexcept { return metadata_; }
 
-  /// Reads every byte; throws errc::corrupt_file when the stored checksum differs.
-  /// @return false when the file has no checksum (files of other programs)
-  bool verify_checksum() const {
-    const auto stored = metadata_.find(checksum_key);
-    if (stored == metadata_.end()) return false;
+  /// Checksum of all tensors (see checksum.hpp); reads every byte.
+  std::uint64_t checksum() const {
     std::uint64_t sum = 0;
     for (const auto& [name, t] : tensors_) {
       stream_hash hash;
       hash.update(t.data);
       sum += tensor_checksum(hash, name, t.type, t.shape);
     }
-    if (to_hex(sum) != stored->second) {
-      fail_corrupt(where_, "checksum is " + to_hex(sum) + ", but " + checksum_key + " says " +
-                               stored->second + ": the file is damaged");
+    return sum;
+  }
+  /// Throws errc::corrupt_file when the checksum differs from the one in the metadata.
+  /// @return false when there is none, as in files of other programs; then nothing is read
+  bool verify_checksum() const {
+    const auto stored = metadata_.find(checksum_key);
+    if (stored == metadata_.end()) return false;
+    const std::string found = to_hex(checksum());
+    if (found != stored->second) {
+      fail_corrupt(where_, "the tensors have checksum " + found + ", but " + checksum_key +
+                               " says " + stored->second + ": the file is damaged");
     }
     return true;
   }
