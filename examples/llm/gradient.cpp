@@ -19,8 +19,8 @@ namespace {
 
 using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-// Products are cut into this many rows. A row's sums depend on the shape of its product, so that the
-// shape must not depend on the number of threads.
+// Products are cut into this many rows. A row's sums depend on the shape of its product, so that
+// the shape must not depend on the number of threads.
 constexpr index_t piece = 64;
 constexpr index_t elementwise_grain = 16384;
 
@@ -290,8 +290,8 @@ class gradient_pass {
   double head_backward(const std::vector<int>& tokens, const matrix& stream,
                        matrix& d_stream) const {
     const matrix normed = norm("model.norm.weight", stream);
-    const matrix& head = tensor(config_.tie_word_embeddings ? "model.embed_tokens.weight"
-                                                            : "lm_head.weight");
+    const matrix& head =
+        tensor(config_.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight");
     const index_t predictions = normed.rows() - 1;
     Eigen::VectorXd losses(predictions);
     matrix d_normed = matrix::Zero(normed.rows(), normed.cols());

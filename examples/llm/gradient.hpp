@@ -20,8 +20,8 @@ using column_sensitivities = std::map<std::string, std::vector<double>>;
 /// Called after each sample with its number, from 0, and its loss in nats per token.
 using gradient_progress = std::function<void(qeft::index_t sample, double loss)>;
 
-/// sum over samples of ||dL/dW_:,j||^2 for every input column j of every linear in the blocks, where
-/// L is the mean next-token cross-entropy of ONE sample. Squaring before summing makes it the
+/// sum over samples of ||dL/dW_:,j||^2 for every input column j of every linear in the blocks,
+/// where L is the mean next-token cross-entropy of ONE sample. Squaring before summing makes it the
 /// diagonal of an empirical Fisher matrix, summed over each column; gradients of different samples
 /// do not cancel.
 ///
