@@ -53,25 +53,20 @@ std::vector<std::int32_t> random_weak_columns(const matrix_descriptor& d, random
 }
 
 template <class Layout>
-std::vector<float> dequantized_by_view(const qeft::quantized_matrix<Layout>& q) {
-  std::vector<float> w;
+read_back read_by_view(const qeft::quantized_matrix<Layout>& q) {
+  const matrix_descriptor& d = q.descriptor();
+  read_back result;
+  result.weights.resize(static_cast<std::size_t>(d.out_channels * d.in_channels));
+  result.codes.resize(static_cast<std::size_t>(d.out_channels * d.dense_columns()));
+  float* weight = result.weights.data();
+  unsigned* code = result.codes.data();
   q.visit([&](auto view) {
     for (index_t n = 0; n < view.out_channels; ++n) {
-      for (index_t c = 0; c < view.in_channels; ++c) w.push_back(dequantize(view, n, c));
+      for (index_t c = 0; c < view.in_channels; ++c) *weight++ = dequantize(view, n, c);
+      for (index_t i = 0; i < view.dense_columns(); ++i) *code++ = read_code(view, n, i);
     }
   });
-  return w;
-}
-
-template <class Layout>
-std::vector<unsigned> codes_by_view(const qeft::quantized_matrix<Layout>& q) {
-  std::vector<unsigned> codes;
-  q.visit([&](auto view) {
-    for (index_t n = 0; n < view.out_channels; ++n) {
-      for (index_t i = 0; i < view.dense_columns(); ++i) codes.push_back(read_code(view, n, i));
-    }
-  });
-  return codes;
+  return result;
 }
 
 }  // namespace
@@ -187,17 +182,9 @@ std::string describe(const matrix_descriptor& d) {
          " k = " + std::to_string(d.weak_columns) + " heads = " + std::to_string(d.heads);
 }
 
-std::vector<float> dequantized(const qeft::quantized_matrix<qeft::layout::row_packed>& q) {
-  return dequantized_by_view(q);
+read_back read(const qeft::quantized_matrix<qeft::layout::row_packed>& q) {
+  return read_by_view(q);
 }
-std::vector<float> dequantized(const qeft::quantized_matrix<qeft::layout::simd_tile>& q) {
-  return dequantized_by_view(q);
-}
-std::vector<unsigned> codes_of(const qeft::quantized_matrix<qeft::layout::row_packed>& q) {
-  return codes_by_view(q);
-}
-std::vector<unsigned> codes_of(const qeft::quantized_matrix<qeft::layout::simd_tile>& q) {
-  return codes_by_view(q);
-}
+read_back read(const qeft::quantized_matrix<qeft::layout::simd_tile>& q) { return read_by_view(q); }
 
 }  // namespace qeft_test

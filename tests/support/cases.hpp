@@ -55,14 +55,24 @@ qeft::quantized_matrix<Layout> pack(const plain_layer& layer) {
   return q;
 }
 
-/// W, (OC, IC) row-major, by the slow accessors of the library: dequantize(view, n, c). Compiled
-/// once, because a visit of all formats takes long to compile.
-std::vector<float> dequantized(const qeft::quantized_matrix<qeft::layout::row_packed>& q);
-std::vector<float> dequantized(const qeft::quantized_matrix<qeft::layout::simd_tile>& q);
+/// What the library's slow accessors say about a layer.
+struct read_back {
+  std::vector<float> weights;   // (OC, IC) by dequantize
+  std::vector<unsigned> codes;  // (OC, IC - k) by read_code
+};
 
-/// All codes, (OC, IC - k), by read_code.
-std::vector<unsigned> codes_of(const qeft::quantized_matrix<qeft::layout::row_packed>& q);
-std::vector<unsigned> codes_of(const qeft::quantized_matrix<qeft::layout::simd_tile>& q);
+/// Compiled once, because a visit of all formats takes long to compile.
+read_back read(const qeft::quantized_matrix<qeft::layout::row_packed>& q);
+read_back read(const qeft::quantized_matrix<qeft::layout::simd_tile>& q);
+
+template <class Layout>
+std::vector<float> dequantized(const qeft::quantized_matrix<Layout>& q) {
+  return read(q).weights;
+}
+template <class Layout>
+std::vector<unsigned> codes_of(const qeft::quantized_matrix<Layout>& q) {
+  return read(q).codes;
+}
 
 /// Whether every stored byte and the description are equal.
 template <class Layout>

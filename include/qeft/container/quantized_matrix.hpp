@@ -53,18 +53,8 @@ class quantized_matrix {
   /// lives and is not moved from.
   template <class Format, class Weak>
   quantized_matrix_view<Format, Weak, Layout> view(Weak weak) const {
-    if (!format_matches<Format>(descriptor_)) {
-      fail(errc::invalid_argument, "quantized_matrix::view: Format is " +
-                                       detail::format_name<Format>() +
-                                       ", which is not the format of this matrix");
-    }
-    if (Weak::kind != descriptor_.weak || weak.count() != descriptor_.weak_columns) {
-      fail(errc::invalid_argument,
-           std::string("quantized_matrix::view: Weak is ") + to_string(Weak::kind) + " with k = " +
-               std::to_string(weak.count()) + ", but the matrix has " +
-               to_string(descriptor_.weak) + " with k = " +
-               std::to_string(descriptor_.weak_columns));
-    }
+    check_format<Format>();
+    check_weak(Weak::kind, weak.count());
     return {descriptor_.out_channels,
             descriptor_.in_channels,
             descriptor_.group_size,
@@ -147,6 +137,22 @@ class quantized_matrix {
   }
 
  private:
+  // Not part of `view`: its error text would be compiled for every format.
+  void check_weak(weak_kind kind, index_t k) const {
+    if (kind == descriptor_.weak && k == descriptor_.weak_columns) return;
+    fail(errc::invalid_argument, std::string("quantized_matrix::view: Weak is ") + to_string(kind) +
+                                     " with k = " + std::to_string(k) + ", but the matrix has " +
+                                     to_string(descriptor_.weak) +
+                                     " with k = " + std::to_string(descriptor_.weak_columns));
+  }
+  template <class Format>
+  void check_format() const {
+    if (format_matches<Format>(descriptor_)) return;
+    fail(errc::invalid_argument, "quantized_matrix::view: Format is " +
+                                     detail::format_name<Format>() +
+                                     ", which is not the format of this matrix");
+  }
+
   void check_weak_index() const {
     const auto expected = descriptor_.weak == weak_kind::indexed ? descriptor_.weak_columns : 0;
     if (static_cast<index_t>(weak_index_.size()) != expected) {

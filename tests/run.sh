@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Builds and tests the library:
+#   tests/run.sh [gcc] [clang] [sanitize]        all three by default
+# gcc is C++17 with CUDA when nvcc is found, clang is C++20, sanitize is g++ with ASan and UBSan.
+# Builds go to build/ (QEFT_BUILD_DIR); data of the tests of examples/llm to build/test-data
+# (QEFT_TEST_DATA). The last line is `N passed, N failed, N skipped`.
+set -u
+exec </dev/null
+cd "$(dirname "$0")/.." || exit 1
+source cmake/install_packages.sh
+
+case "${1-}" in
+  -h | --help) sed -n '3,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
+esac
+configurations=("$@")
+[ $# -gt 0 ] || configurations=(gcc clang sanitize)
+build_root=${QEFT_BUILD_DIR:-build}
+export QEFT_TEST_DATA=${QEFT_TEST_DATA:-$PWD/build/test-data}
+jobs=$(nproc)
+started=$SECONDS
+passed=0 failed=0 skipped=0
+failures=() skips=()
+
+step() { printf '\n== %s  (%d:%02d)\n' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
+count_failure() { failed=$((failed + 1)); failures+=("$1"); }
+
+# Adds the results in a CTest log to the totals. A test that could not be started has failed.
+count_results() {
+  local name=$1 log=$2 line test
+  while IFS= read -r line; do
+    test=$(sed -E 's/.*Test +#[0-9]+: ([^ ]+) .*/\1/' <<<"$line")
+    case "$line" in
+      *\*\*\*Skipped*) skipped=$((skipped + 1)); skips+=("$name: $test") ;;
+      *\*\*\**) count_failure "$name: $test" ;;
+      *Passed*) passed=$((passed + 1)) ;;
+    esac
+  done < <(grep -E '^ *[0-9]+/[0-9]+ Test +#' "$log")
+}
+
+# build_and_test NAME COMPILER [CMAKE ARGUMENT...]
+build_and_test() {
+  local name=$1 compiler=$2 dir=$build_root/$1
+  shift 2
+  step "$name: build"
+  local settings=(-G Ninja -DCMAKE_CXX_COMPILER="$compiler" -DQEFT_WARNINGS_AS_ERRORS=ON "$@")
+  if command -v ccache >/dev/null; then
+    settings+=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
+  fi
+  mkdir -p "$dir"
+  if ! cmake -S . -B "$dir" "${settings[@]}" >"$dir/configure.log" 2>&1; then
+    tail -n 30 "$dir/configure.log"
+    count_failure "$name: configure"
+    return
+  fi
+  grep -- '-- qeft: ' "$dir/configure.log"
+  if ! cmake --build "$dir" -j "$jobs" -- -k 0 >"$dir/build.log" 2>&1; then
+    grep -E -A 8 'error|undefined reference|multiple definition' "$dir/build.log" | head -n 100
+    count_failure "$name: build ($dir/build.log)"
+  fi
+  step "$name: test"
+  ctest --test-dir "$dir" -j "$jobs" --output-on-failure --no-tests=error >"$dir/test.log" 2>&1
+  # Failures with their output, then the summary; what passed is in the log.
+  grep -vE ' Passed +[0-9.]+ sec$|^ +Start +[0-9]+: |^(Internal ctest|Test project|Looked in|Could not find exec)|^[^ ]+/test_[^ ]+$' \
+    "$dir/test.log"
+  count_results "$name" "$dir/test.log"
+}
+
+step "Packages"
+if ! require_packages g++ clang cmake ninja-build catch2 libeigen3-dev nlohmann-json3-dev \
+  libcli11-dev libpcre2-dev libutf8proc-dev libbenchmark-dev python3-venv; then
+  printf '0 passed, 1 failed, 0 skipped\n'
+  exit 1
+fi
+
+for configuration in "${configurations[@]}"; do
+  case "$configuration" in
+    gcc) build_and_test gcc g++ -DCMAKE_CXX_STANDARD=17 ;;
+    clang) build_and_test clang clang++ -DCMAKE_CXX_STANDARD=20 -DQEFT_CUDA=OFF ;;
+    sanitize)
+      build_and_test sanitize g++ -DCMAKE_CXX_STANDARD=17 -DQEFT_CUDA=OFF -DQEFT_SANITIZE=ON \
+        -DQEFT_BUILD_BENCH=OFF -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1
+      ;;
+    *) count_failure "unknown configuration $configuration" ;;
+  esac
+done
+
+step "Result"
+[ ${#skips[@]} -eq 0 ] || printf 'skipped  %s\n' "${skips[@]}"
+[ ${#failures[@]} -eq 0 ] || printf 'FAILED   %s\n' "${failures[@]}"
+printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
+[ "$failed" -eq 0 ]
