@@ -4,7 +4,7 @@
 #   tests/run.sh [gcc] [clang] [sanitize]        all three by default
 # gcc is C++17 with CUDA when nvcc is found, clang is C++20, sanitize is g++ with ASan and UBSan.
 # Builds go to build/ (QEFT_BUILD_DIR); data of the tests of examples/llm to build/test-data
-# (QEFT_TEST_DATA). The last line is `N passed, N failed, N skipped`.
+# (QEFT_TEST_DATA). QEFT_TORCH_PYTHON is a python with torch and transformers. The last line is `N passed, N failed, N skipped`.
 set -u
 exec </dev/null
 cd "$(dirname "$0")/.." || exit 1
@@ -66,12 +66,42 @@ build_and_test() {
   count_results "$name" "$dir/test.log"
 }
 
+# Results of other implementations, which tests of examples/llm compare themselves with. Without them
+# (no network, no torch) those tests are skipped and say so.
+prepare_data() {
+  local data=$QEFT_TEST_DATA python=$QEFT_TEST_DATA/venv/bin/python reference=${QEFT_TORCH_PYTHON:-python3}
+  mkdir -p "$data"
+  if [ ! -f "$data/tokenizer/options.cases.json" ] || [ ! -f "$data/text/heldout.txt" ]; then
+    { [ -f "$data/venv/ready" ] || { python3 -m venv "$data/venv" && timeout 240 "$data/venv/bin/pip" \
+        install -q --disable-pip-version-check --timeout 15 --retries 1 \
+        -r examples/llm/prepare/requirements.txt && touch "$data/venv/ready"; }; } &&
+      { [ -f "$data/model/config.json" ] ||
+        timeout 240 "$python" examples/llm/prepare/prepare.py model --out "$data/model"; } &&
+      "$python" tests/llm/tokenizer_corpus.py --tokenizer "$data/model/tokenizer.json" \
+        --out "$data/tokenizer" &&
+      { [ -f "$data/text/heldout.txt" ] ||
+        timeout 240 "$python" examples/llm/prepare/prepare.py text --out "$data/text"; } ||
+      { echo "skipped: no model, text or tokenizer results (is the package index reachable?)"; return; }
+  fi
+  [ ! -d "$data/transformers" ] || return 0
+  if "$reference" -c 'import torch, transformers, safetensors' 2>/dev/null; then
+    "$reference" tests/llm/compare_transformers.py --model "$data/model" \
+      --text "$data/text/heldout.txt" --out "$data" ||
+      { rm -rf "$data/transformers"; echo "skipped: compare_transformers.py failed"; }
+  else
+    echo "skipped: no torch and transformers in $reference (QEFT_TORCH_PYTHON names another python)"
+  fi
+}
+
 step "Packages"
 if ! require_packages g++ clang cmake ninja-build catch2 libeigen3-dev nlohmann-json3-dev \
   libcli11-dev libpcre2-dev libutf8proc-dev libbenchmark-dev python3-venv; then
   printf '0 passed, 1 failed, 0 skipped\n'
   exit 1
 fi
+
+step "Data of other implementations"
+prepare_data 2>&1 | tail -n 5
 
 for configuration in "${configurations[@]}"; do
   case "$configuration" in

@@ -14,22 +14,28 @@ namespace {
 // Work below this many elements is not worth waking another thread.
 constexpr index_t grain = 16384;
 
-// Sums run over this many interleaved partial sums, so that they vectorise without reordering.
-constexpr index_t partial_sums = 32;
+// Reductions run over this many interleaved parts, so that they vectorise without reordering.
+constexpr index_t lanes = 32;
 
-/// f(0) + .. + f(count - 1) in a fixed order.
-template <class Term>
-float sum(index_t count, const Term& term) noexcept {
-  float partial[partial_sums] = {};
+/// term(0) .. term(count - 1) combined in a fixed order.
+template <class Term, class Combine>
+float reduce(index_t count, float start, const Term& term, const Combine& combine) noexcept {
+  float partial[lanes];
+  std::fill(partial, partial + lanes, start);
   index_t i = 0;
-  for (; i + partial_sums <= count; i += partial_sums) {
-    for (index_t j = 0; j < partial_sums; ++j) partial[j] += term(i + j);
+  for (; i + lanes <= count; i += lanes) {
+    for (index_t j = 0; j < lanes; ++j) partial[j] = combine(partial[j], term(i + j));
   }
-  for (index_t j = 0; i + j < count; ++j) partial[j] += term(i + j);
-  for (index_t width = partial_sums / 2; width > 0; width /= 2) {
-    for (index_t j = 0; j < width; ++j) partial[j] += partial[j + width];
+  for (index_t j = 0; i + j < count; ++j) partial[j] = combine(partial[j], term(i + j));
+  for (index_t width = lanes / 2; width > 0; width /= 2) {
+    for (index_t j = 0; j < width; ++j) partial[j] = combine(partial[j], partial[j + width]);
   }
   return partial[0];
+}
+
+template <class Term>
+float sum(index_t count, const Term& term) noexcept {
+  return reduce(count, 0.0F, term, [](float a, float b) { return a + b; });
 }
 
 inline float exponential(float x) noexcept {
@@ -87,7 +93,9 @@ void add(const qeft::on_host& exec, const float* addend, index_t count, float* s
 }
 
 void softmax(float* scores, index_t count) noexcept {
-  const float highest = *std::max_element(scores, scores + count);
+  const float highest =
+      reduce(count, scores[0], [scores](index_t i) { return scores[i]; },
+             [](float a, float b) { return a < b ? b : a; });
   for (index_t i = 0; i < count; ++i) scores[i] = exponential(scores[i] - highest);
   const float total = sum(count, [scores](index_t i) { return scores[i]; });
   const float factor = 1.0F / total;

@@ -97,11 +97,12 @@ int run_generate(const generate_options& o) {
   std::printf("%s\n", decoder.finish().c_str());
 
   const auto seconds = [](auto duration) { return std::chrono::duration<double>(duration).count(); };
-  std::fprintf(stderr, "prefill %lld tokens, %.1f tokens/s; decode %lld tokens, %.1f tokens/s\n",
-               static_cast<long long>(prompt_tokens),
+  std::fprintf(stderr,
+               "prefill %.1f tokens/s (%lld tokens), decode %.1f tokens/s (%lld tokens)\n",
                static_cast<double>(prompt_tokens) / seconds(prefilled - start),
-               static_cast<long long>(generated),
-               static_cast<double>(decoded) / seconds(clock::now() - prefilled));
+               static_cast<long long>(prompt_tokens),
+               static_cast<double>(decoded) / seconds(clock::now() - prefilled),
+               static_cast<long long>(decoded));
   return 0;
 }
 

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "llama.hpp"
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <utility>
 
 #include "elementwise.hpp"
@@ -18,10 +16,8 @@ using qeft::index_t;
 
 namespace {
 
-using row_major = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-
-// Queries per task of attention: enough rows for a matrix product, little work beyond the diagonal.
-constexpr index_t query_block = 32;
+// Tokens whose rotation is worth another thread.
+constexpr index_t rotation_grain = 16;
 
 const char* suffix_of(linear_kind kind) {
   switch (kind) {
@@ -162,62 +158,23 @@ void attend(const qeft::on_host& exec, const model_config& config, const rope_ta
             const block& b, const float* x, index_t tokens, index_t first, block_cache& cache,
             float* out) {
   const index_t heads = config.num_attention_heads;
-  const index_t value_heads = config.num_key_value_heads;
   const index_t dim = config.head_dim;
-  const index_t capacity = static_cast<index_t>(cache.keys.size()) / (value_heads * dim);
+  const index_t value_heads = config.num_key_value_heads;
   std::vector<float> q(static_cast<std::size_t>(tokens * heads * dim));
   std::vector<float> k(static_cast<std::size_t>(tokens * value_heads * dim));
   std::vector<float> v(k.size());
   b.q.forward(exec, x, tokens, q.data());
   b.k.forward(exec, x, tokens, k.data());
   b.v.forward(exec, x, tokens, v.data());
-  for (index_t t = 0; t < tokens; ++t) {
-    for (index_t h = 0; h < heads; ++h) rope.rotate(q.data() + (t * heads + h) * dim, first + t);
-    for (index_t h = 0; h < value_heads; ++h) {
-      const index_t from = (t * value_heads + h) * dim;
-      const index_t to = (h * capacity + first + t) * dim;
-      rope.rotate(k.data() + from, first + t);
-      std::memcpy(cache.keys.data() + to, k.data() + from,
-                  static_cast<std::size_t>(dim) * sizeof(float));
-      std::memcpy(cache.values.data() + to, v.data() + from,
-                  static_cast<std::size_t>(dim) * sizeof(float));
-    }
-  }
-
-  const float scale = 1.0F / std::sqrt(static_cast<float>(dim));
-  const index_t query_blocks = qeft::ceil_div(tokens, query_block);
-  exec.parallel_for(heads * query_blocks, 1, [&](index_t begin, index_t end) {
-    row_major scores;
-    row_major mixed;
-    for (index_t task = begin; task < end; ++task) {
-      const index_t head = task % heads;
-      const index_t begin_query = task / heads * query_block;
-      const index_t queries = std::min(query_block, tokens - begin_query);
-      const index_t keys = first + begin_query + queries;
-      const index_t offset = head / (heads / value_heads) * capacity * dim;
-      using strided = Eigen::Map<const row_major, 0, Eigen::OuterStride<>>;
-      const strided q_block(q.data() + (begin_query * heads + head) * dim, queries, dim,
-                            Eigen::OuterStride<>(heads * dim));
-      const Eigen::Map<const row_major> k_block(cache.keys.data() + offset, keys, dim);
-      const Eigen::Map<const row_major> v_block(cache.values.data() + offset, keys, dim);
-      scores.noalias() = q_block * k_block.transpose();
-      scores *= scale;
-      for (index_t i = 0; i < queries; ++i) {
-        const index_t visible = first + begin_query + i + 1;
-        const index_t hidden =
-            config.sliding_window > 0 ? std::max<index_t>(0, visible - config.sliding_window) : 0;
-        float* row = scores.data() + i * keys;
-        std::fill(row, row + hidden, 0.0F);
-        softmax(row + hidden, visible - hidden);
-        std::fill(row + visible, row + keys, 0.0F);
-      }
-      mixed.noalias() = scores * v_block;
-      for (index_t i = 0; i < queries; ++i) {
-        std::memcpy(out + ((begin_query + i) * heads + head) * dim, mixed.data() + i * dim,
-                    static_cast<std::size_t>(dim) * sizeof(float));
-      }
+  exec.parallel_for(tokens, rotation_grain, [&](index_t begin, index_t end) {
+    for (index_t t = begin; t < end; ++t) {
+      float* keys = k.data() + t * value_heads * dim;
+      for (index_t h = 0; h < heads; ++h) rope.rotate(q.data() + (t * heads + h) * dim, first + t);
+      for (index_t h = 0; h < value_heads; ++h) rope.rotate(keys + h * dim, first + t);
+      cache.store(first + t, keys, v.data() + t * value_heads * dim);
     }
   });
+  causal_attention(exec, cache, heads, q.data(), tokens, first, config.sliding_window, out);
 }
 
 void mlp_inner(const qeft::on_host& exec, const block& b, const float* x, index_t tokens,
@@ -285,12 +242,9 @@ void llama_model::reset(index_t capacity) {
   position_ = 0;
   if (capacity == capacity_) return;
   capacity_ = capacity;
-  const auto size =
-      static_cast<std::size_t>(capacity * config_.num_key_value_heads * config_.head_dim);
-  caches_.assign(blocks_.size(), {});
-  for (auto& c : caches_) {
-    c.keys.resize(size);
-    c.values.resize(size);
+  caches_.clear();
+  for (std::size_t l = 0; l < blocks_.size(); ++l) {
+    caches_.emplace_back(config_.num_key_value_heads, config_.head_dim, capacity);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.hpp"
 #include "config.hpp"
 #include "hf_model.hpp"
 #include "linear.hpp"
@@ -46,12 +47,6 @@ class rope_table {
   qeft::index_t half_ = 0;
   std::vector<float> cos_;  // (positions, head_dim / 2)
   std::vector<float> sin_;
-};
-
-/// Keys and values of one block for the tokens seen so far: (KV heads, capacity, head_dim).
-struct block_cache {
-  std::vector<float> keys;
-  std::vector<float> values;
 };
 
 /// One decoder block.

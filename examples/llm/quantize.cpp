@@ -302,9 +302,7 @@ class quantizer {
   // ---- Quantisation -------------------------------------------------------------------------------
 
   block_cache make_cache() const {
-    const auto size = static_cast<std::size_t>(o_.seq_len * config_.num_key_value_heads *
-                                               config_.head_dim);
-    return {std::vector<float>(size), std::vector<float>(size)};
+    return {config_.num_key_value_heads, config_.head_dim, o_.seq_len};
   }
 
   void embed(sample_store& stream) const {

@@ -1,370 +1,236 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tokenizer.hpp"
 
-#define PCRE2_CODE_UNIT_WIDTH 8
-#include <pcre2.h>
-#include <utf8proc.h>
-
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <fstream>
-#include <functional>
 #include <iterator>
+#include <limits>
 #include <nlohmann/json.hpp>
-#include <queue>
 #include <unordered_map>
 #include <utility>
 
+#include "byte_pair.hpp"
 #include "qeft/core/status.hpp"
+#include "regex.hpp"
+#include "utf8.hpp"
 
 namespace qeft_llm {
 
+using nlohmann::json;
 using qeft::errc;
 using qeft::fail;
 
 namespace {
 
-// ---- UTF-8 --------------------------------------------------------------------------------------
-
-/// Length of the well-formed character at the start of s, or minus the length of the maximal ill-formed
-/// part (Unicode, table 3-7).
-int character_length(std::string_view s) {
-  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(s[i]); };
-  const unsigned first = byte(0);
-  if (first < 0x80) return 1;
-  int length = 0;
-  unsigned low = 0x80;
-  unsigned high = 0xbf;
-  if (first >= 0xc2 && first <= 0xdf) {
-    length = 2;
-  } else if (first >= 0xe0 && first <= 0xef) {
-    length = 3;
-    if (first == 0xe0) low = 0xa0;
-    if (first == 0xed) high = 0x9f;
-  } else if (first >= 0xf0 && first <= 0xf4) {
-    length = 4;
-    if (first == 0xf0) low = 0x90;
-    if (first == 0xf4) high = 0x8f;
-  } else {
-    return -1;
-  }
-  for (int i = 1; i < length; ++i) {
-    const auto at = static_cast<std::size_t>(i);
-    if (at >= s.size() || byte(at) < low || byte(at) > high) return -i;
-    low = 0x80;
-    high = 0xbf;
-  }
-  return length;
-}
-
-std::string well_formed(std::string_view s) {
-  std::string out;
-  out.reserve(s.size());
-  while (!s.empty()) {
-    const int length = character_length(s);
-    const auto bytes = static_cast<std::size_t>(std::abs(length));
-    if (length > 0) {
-      out.append(s.substr(0, bytes));
-    } else {
-      out += "\xef\xbf\xbd";
-    }
-    s.remove_prefix(bytes);
-  }
-  return out;
-}
-
-std::string nfc(const std::string& s) {
-  utf8proc_uint8_t* mapped = nullptr;
-  const auto length = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(s.data()),
-                                   static_cast<utf8proc_ssize_t>(s.size()), &mapped,
-                                   static_cast<utf8proc_option_t>(UTF8PROC_STABLE |
-                                                                  UTF8PROC_COMPOSE));
-  if (length < 0) fail(errc::invalid_argument, "tokenizer: " + std::string(utf8proc_errmsg(length)));
-  std::string out(reinterpret_cast<char*>(mapped), static_cast<std::size_t>(length));
-  std::free(mapped);
-  return out;
-}
-
-// ---- Regular expressions ------------------------------------------------------------------------
-
-/// PCRE2 pattern with Unicode classes. White space there lacks U+0085, which `tokenizers` counts.
-class regex {
- public:
-  regex(const std::string& pattern, const std::string& where) {
-    const std::string translated = with_next_line(pattern);
-    int code = 0;
-    PCRE2_SIZE at = 0;
-    pcre2_code* compiled = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()),
-                                         translated.size(), PCRE2_UTF | PCRE2_UCP, &code, &at,
-                                         nullptr);
-    if (compiled == nullptr) {
-      std::array<PCRE2_UCHAR, 256> message{};
-      pcre2_get_error_message(code, message.data(), message.size());
-      fail(errc::unsupported, where + ": pattern " + pattern + ": " +
-                                  reinterpret_cast<const char*>(message.data()));
-    }
-    code_.reset(compiled, pcre2_code_free);
-    pcre2_jit_compile(compiled, PCRE2_JIT_COMPLETE);  // without it, matching is slower
-  }
-
-  /// Calls piece(begin, end) for every match and everything between, in order. @pre s is UTF-8
-  template <class Piece>
-  void split(std::string_view s, const Piece& piece) const {
-    const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> match(
-        pcre2_match_data_create_from_pattern(code_.get(), nullptr), pcre2_match_data_free);
-    std::size_t done = 0;
-    std::size_t from = 0;
-    while (from < s.size()) {
-      const int found = pcre2_match(code_.get(), reinterpret_cast<PCRE2_SPTR>(s.data()), s.size(),
-                                    from, PCRE2_NO_UTF_CHECK | PCRE2_NOTEMPTY, match.get(), nullptr);
-      if (found == PCRE2_ERROR_NOMATCH) break;
-      if (found < 0) {
-        fail(errc::unsupported, "tokenizer: regular expression: PCRE2 error " +
-                                    std::to_string(found));
-      }
-      const PCRE2_SIZE* range = pcre2_get_ovector_pointer(match.get());
-      if (range[0] > done) piece(done, range[0]);
-      piece(range[0], range[1]);
-      done = from = range[1];
-    }
-    if (done < s.size()) piece(done, s.size());
-  }
-
- private:
-  static std::string with_next_line(const std::string& pattern) {
-    std::string out;
-    bool in_class = false;
-    for (std::size_t i = 0; i < pattern.size(); ++i) {
-      const char c = pattern[i];
-      if (c == '\\' && i + 1 < pattern.size()) {
-        const char next = pattern[++i];
-        if (next == 's') {
-          out += in_class ? "\\s\\x{85}" : "[\\s\\x{85}]";
-        } else if (next == 'S' && !in_class) {
-          out += "[^\\s\\x{85}]";
-        } else {
-          out += c;
-          out += next;
-        }
-        continue;
-      }
-      if (c == '[') in_class = true;
-      if (c == ']') in_class = false;
-      out += c;
-    }
-    return out;
-  }
-
-  std::shared_ptr<pcre2_code> code_;
-};
-
-// The pattern of GPT-2, which ByteLevel uses.
+// What ByteLevel splits by, unless told not to: the pattern of GPT-2.
 constexpr const char* byte_level_pattern =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
-/// The byte of each character of GPT-2's printable alphabet.
-const std::unordered_map<std::uint32_t, unsigned char>& byte_alphabet() {
-  static const auto table = [] {
-    std::unordered_map<std::uint32_t, unsigned char> t;
-    std::uint32_t next = 256;
-    for (std::uint32_t b = 0; b < 256; ++b) {
-      const bool printable =
-          (b >= 0x21 && b <= 0x7e) || (b >= 0xa1 && b <= 0xac) || (b >= 0xae && b <= 0xff);
-      t[printable ? b : next++] = static_cast<unsigned char>(b);
-    }
-    return t;
-  }();
-  return table;
-}
-
-/// The bytes a vocabulary entry stands for, or nothing when it is not written in the byte alphabet.
-std::optional<std::string> raw_bytes(const std::string& token) {
-  std::string out;
-  std::string_view rest = token;
-  while (!rest.empty()) {
-    const int length = character_length(rest);
-    if (length <= 0) return std::nullopt;
-    utf8proc_int32_t code = 0;
-    utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(rest.data()), length, &code);
-    const auto found = byte_alphabet().find(static_cast<std::uint32_t>(code));
-    if (found == byte_alphabet().end()) return std::nullopt;
-    out += static_cast<char>(found->second);
-    rest.remove_prefix(static_cast<std::size_t>(length));
-  }
-  return out;
-}
-
 struct added_token {
   std::string content;
-  int id;
-  bool special;
+  int id = 0;
+  bool special = false;
+  bool normalized = false;   // looked for in the normalised text
+  bool single_word = false;  // not next to a word character
+  bool lstrip = false;       // takes the white space before it
+  bool rstrip = false;       // takes the white space behind it
 };
 
-struct merge_target {
-  int rank;
-  int id;
+/// Finds added tokens in text.
+class added_token_set {
+ public:
+  void add(added_token token) {
+    tokens_.push_back(std::move(token));
+    const auto longer = [this](std::size_t a, std::size_t b) {
+      return tokens_[a].content.size() > tokens_[b].content.size();
+    };
+    auto& same_start = by_first_byte_[static_cast<unsigned char>(tokens_.back().content[0])];
+    const std::size_t added = tokens_.size() - 1;
+    same_start.insert(std::upper_bound(same_start.begin(), same_start.end(), added, longer), added);
+  }
+
+  /// Calls plain(part) and token(t) in the order of the text; parts may be empty.
+  template <class Plain, class Token>
+  void split(std::string_view text, bool parse_special, const Plain& plain,
+             const Token& token) const {
+    std::size_t done = 0;
+    std::size_t at = 0;
+    while (const added_token* t = find(text, at)) {
+      std::size_t begin = at;
+      std::size_t end = at + t->content.size();
+      at = end;  // also when the match does not count: matches never overlap
+      if (t->special && !parse_special) continue;
+      if (t->single_word && touches_word(text, begin, end)) continue;
+      if (t->lstrip) {
+        while (begin > done && is_space(code_point_at(text, previous_character(text, begin)))) {
+          begin = previous_character(text, begin);
+        }
+      }
+      if (t->rstrip) {
+        while (end < text.size() && is_space(code_point_at(text, end))) {
+          end += static_cast<std::size_t>(character_length(text.substr(end)));
+        }
+      }
+      if (done < begin) plain(text.substr(done, begin - done));
+      token(*t);
+      done = end;
+    }
+    if (done < text.size()) plain(text.substr(done));
+  }
+
+ private:
+  /// The leftmost token at or after `at`, the longest among those that start there.
+  const added_token* find(std::string_view text, std::size_t& at) const {
+    for (; at < text.size(); ++at) {
+      for (const std::size_t i : by_first_byte_[static_cast<unsigned char>(text[at])]) {
+        const std::string& content = tokens_[i].content;
+        if (text.compare(at, content.size(), content) == 0) return &tokens_[i];
+      }
+    }
+    return nullptr;
+  }
+
+  static bool touches_word(std::string_view text, std::size_t begin, std::size_t end) {
+    return (begin > 0 && is_word(code_point_at(text, previous_character(text, begin)))) ||
+           (end < text.size() && is_word(code_point_at(text, end)));
+  }
+
+  std::vector<added_token> tokens_;
+  std::array<std::vector<std::size_t>, 256> by_first_byte_;  // longest first
 };
 
-std::uint64_t pair_key(int left, int right) {
-  return static_cast<std::uint64_t>(static_cast<std::uint32_t>(left)) << 32U |
-         static_cast<std::uint32_t>(right);
-}
+/// One step of the pre-tokenizer, applied to every piece that the step before left.
+struct splitter {
+  regex pattern;
+  bool keep_matches = true;
+  bool keep_others = true;
+  bool add_prefix_space = false;
+};
 
 }  // namespace
 
-struct tokenizer::tables {
-  using piece_list = std::vector<std::string_view>;
-  /// Cuts pieces into smaller ones.
-  using splitter = std::function<void(std::string_view, piece_list&)>;
-
-  std::unordered_map<std::string, int> vocabulary;  // as written in the file
-  std::unordered_map<std::string, int> by_bytes;
-  std::vector<std::string> bytes;  // of each id
-  std::vector<bool> special;
-  std::array<int, 256> byte_id{};  // -1 for a byte without a token
-  std::unordered_map<std::uint64_t, merge_target> merges;
-  std::vector<added_token> added;
+struct tokenizer_tables {
+  std::unordered_map<std::string, int> ids;  // by token, as written in the file
+  std::vector<std::string> bytes;            // of each id; empty for an unused one
+  std::vector<bool> special;                 // of each id
+  added_token_set added;                     // found before normalisation
+  added_token_set added_normalized;          // found after it
+  std::vector<normal_form> normalizers;
   std::vector<splitter> splitters;
+  byte_pair_model model;
   std::vector<int> prefix;
-  bool normalize_nfc = false;
-  bool ignore_merges = false;
-
-  void encode_text(std::string_view text, std::vector<int>& ids,
-                   std::unordered_map<std::string_view, std::vector<int>>& cache) const;
-  void merge_word(std::string_view word, std::vector<int>& ids) const;
 };
 
-/// Byte-pair merging of one word: the pair of lowest rank first, the leftmost among equals.
-void tokenizer::tables::merge_word(std::string_view word, std::vector<int>& ids) const {
-  if (ignore_merges) {
-    const auto whole = by_bytes.find(std::string(word));
-    if (whole != by_bytes.end()) {
-      ids.push_back(whole->second);
-      return;
-    }
-  }
-  struct symbol {
-    int id;
-    int previous;
-    int next;  // -1 at the end; id is -1 once merged away
-  };
-  std::vector<symbol> symbols;
-  for (const char c : word) {
-    const int id = byte_id[static_cast<unsigned char>(c)];
-    if (id < 0) continue;  // `tokenizers` drops bytes without a token too
-    const int at = static_cast<int>(symbols.size());
-    symbols.push_back({id, at - 1, at + 1});
-  }
-  if (symbols.empty()) return;
-  symbols.back().next = -1;
+namespace {
 
-  struct candidate {
-    int rank;
-    int left;  // position
-    std::uint64_t pair;
-    bool operator<(const candidate& o) const {
-      return rank != o.rank ? rank > o.rank : left > o.left;
-    }
-  };
-  std::priority_queue<candidate> queue;
-  const auto at = [&](int i) -> symbol& { return symbols[static_cast<std::size_t>(i)]; };
-  const auto consider = [&](int left) {
-    if (left < 0 || at(left).next < 0) return;
-    const std::uint64_t pair = pair_key(at(left).id, at(at(left).next).id);
-    const auto found = merges.find(pair);
-    if (found != merges.end()) queue.push({found->second.rank, left, pair});
-  };
-  for (int i = 0; i < static_cast<int>(symbols.size()); ++i) consider(i);
-  while (!queue.empty()) {
-    const candidate c = queue.top();
-    queue.pop();
-    symbol& left = at(c.left);
-    // A candidate is stale when one of its symbols has been merged since.
-    if (left.id < 0 || left.next < 0 || pair_key(left.id, at(left.next).id) != c.pair) continue;
-    symbol& right = at(left.next);
-    left.id = merges.at(c.pair).id;
-    left.next = right.next;
-    right.id = -1;
-    if (left.next >= 0) at(left.next).previous = c.left;
-    consider(left.previous);
-    consider(c.left);
+/// Working memory of one call of encode.
+class encoder {
+ public:
+  explicit encoder(const tokenizer_tables& t) : t_(t) {
+    for (const splitter& s : t.splitters) matchers_.emplace_back(s.pattern);
   }
-  for (int i = 0; i >= 0; i = at(i).next) ids.push_back(at(i).id);
-}
 
-void tokenizer::tables::encode_text(
-    std::string_view text, std::vector<int>& ids,
-    std::unordered_map<std::string_view, std::vector<int>>& cache) const {
-  piece_list pieces{text};
-  for (const splitter& split : splitters) {
-    piece_list finer;
-    for (const std::string_view piece : pieces) split(piece, finer);
-    pieces = std::move(finer);
+  std::vector<int> run(std::string_view text, bool parse_special) {
+    const auto emit = [&](const added_token& token) { ids_.push_back(token.id); };
+    const auto words = [&](std::string_view part) { encode_plain(part); };
+    t_.added.split(
+        text, parse_special,
+        [&](std::string_view part) {
+          for (const normal_form form : t_.normalizers) part = keep(normalized(part, form));
+          t_.added_normalized.split(part, parse_special, words, emit);
+        },
+        emit);
+    return std::move(ids_);
   }
-  for (const std::string_view piece : pieces) {
-    const auto [entry, is_new] = cache.try_emplace(piece);
-    if (is_new) merge_word(piece, entry->second);
-    ids.insert(ids.end(), entry->second.begin(), entry->second.end());
+
+ private:
+  /// The cache refers to the text, so what is made on the way stays until the end.
+  std::string_view keep(std::string s) { return kept_.emplace_back(std::move(s)); }
+
+  void encode_plain(std::string_view text) {
+    pieces_.assign(1, text);
+    for (std::size_t i = 0; i < t_.splitters.size(); ++i) {
+      finer_.clear();
+      for (const std::string_view piece : pieces_) {
+        split_piece(t_.splitters[i], matchers_[i], piece);
+      }
+      pieces_.swap(finer_);
+    }
+    for (const std::string_view word : pieces_) encode_word(word);
   }
-}
+
+  void split_piece(const splitter& s, regex::matcher& matcher, std::string_view piece) {
+    if (s.add_prefix_space && piece[0] != ' ') piece = keep(" " + std::string(piece));
+    const auto put = [&](bool wanted, std::size_t begin, std::size_t end) {
+      if (wanted && begin < end) finer_.push_back(piece.substr(begin, end - begin));
+    };
+    std::size_t done = 0;
+    for (regex::range match{}; matcher.find(piece, done, match); done = match.end) {
+      put(s.keep_others, done, match.begin);
+      put(s.keep_matches, match.begin, match.end);
+    }
+    put(s.keep_others, done, piece.size());
+  }
+
+  void encode_word(std::string_view word) {
+    const auto [entry, is_new] = cache_.try_emplace(word);
+    if (is_new) {
+      entry->second.first = cached_.size();
+      t_.model.encode(word, cached_);
+      entry->second.second = cached_.size();
+    }
+    const auto at = [&](std::size_t i) { return cached_.begin() + static_cast<std::ptrdiff_t>(i); };
+    ids_.insert(ids_.end(), at(entry->second.first), at(entry->second.second));
+  }
+
+  const tokenizer_tables& t_;
+  std::vector<regex::matcher> matchers_;
+  std::deque<std::string> kept_;
+  std::vector<std::string_view> pieces_;
+  std::vector<std::string_view> finer_;
+  std::unordered_map<std::string_view, std::pair<std::size_t, std::size_t>> cache_;  // in cached_
+  std::vector<int> cached_;
+  std::vector<int> ids_;
+};
+
+}  // namespace
 
 std::vector<int> tokenizer::encode(std::string_view utf8, bool parse_special) const {
-  const tables& t = *tables_;
-  const std::string text = well_formed(utf8);
-  std::vector<int> ids;
-  const auto plain = [&](std::string_view part) {
-    if (part.empty()) return;
-    const std::string normalized = t.normalize_nfc ? nfc(std::string(part)) : std::string(part);
-    std::unordered_map<std::string_view, std::vector<int>> cache;
-    t.encode_text(normalized, ids, cache);
-  };
-  std::size_t done = 0;
-  std::size_t at = 0;
-  while (parse_special && at < text.size()) {
-    // The leftmost added token, the longest among those that start there.
-    const added_token* best = nullptr;
-    for (const added_token& a : t.added) {
-      if (text.compare(at, a.content.size(), a.content) == 0 &&
-          (best == nullptr || a.content.size() > best->content.size())) {
-        best = &a;
-      }
-    }
-    if (best == nullptr) {
-      ++at;
-      continue;
-    }
-    plain(std::string_view(text).substr(done, at - done));
-    ids.push_back(best->id);
-    at += best->content.size();
-    done = at;
+  if (utf8.size() > static_cast<std::size_t>(std::numeric_limits<int>::max())) {
+    fail(errc::invalid_argument, "tokenizer::encode: the text has " + std::to_string(utf8.size()) +
+                                     " bytes, but must have fewer than 2^31");
   }
-  plain(std::string_view(text).substr(done));
-  return ids;
+  const std::string text = well_formed(utf8);
+  return encoder(*tables_).run(text, parse_special);
 }
 
 std::string tokenizer::decode(const std::vector<int>& ids, bool skip_special) const {
   std::string out;
   for (const int id : ids) {
-    if (id < 0 || id >= vocab_size()) {
-      fail(errc::invalid_argument, "tokenizer::decode: id is " + std::to_string(id) +
-                                       ", but must be in [0, " + std::to_string(vocab_size()) +
-                                       ")");
-    }
-    const auto i = static_cast<std::size_t>(id);
-    if (!(skip_special && tables_->special[i])) out += tables_->bytes[i];
+    if (!(skip_special && is_special(id))) out += bytes_of(id);
   }
-  return out;
+  return well_formed(out);
+}
+
+std::string_view tokenizer::bytes_of(int id) const noexcept {
+  if (id < 0 || id >= vocab_size()) return {};
+  return tables_->bytes[static_cast<std::size_t>(id)];
 }
 
 const std::vector<int>& tokenizer::prefix() const noexcept { return tables_->prefix; }
 
 std::optional<int> tokenizer::id_of(const std::string& token) const {
-  const auto found = tables_->vocabulary.find(token);
-  return found == tables_->vocabulary.end() ? std::nullopt : std::optional<int>(found->second);
+  const auto found = tables_->ids.find(token);
+  return found == tables_->ids.end() ? std::nullopt : std::optional<int>(found->second);
+}
+
+bool tokenizer::is_special(int id) const noexcept {
+  return id >= 0 && id < vocab_size() && tables_->special[static_cast<std::size_t>(id)];
 }
 
 int tokenizer::vocab_size() const noexcept { return static_cast<int>(tables_->bytes.size()); }
@@ -373,157 +239,286 @@ int tokenizer::vocab_size() const noexcept { return static_cast<int>(tables_->by
 
 namespace {
 
-using nlohmann::json;
+/// Fills the tables from a parsed tokenizer.json, component by component.
+class reader {
+ public:
+  reader(const json& document, const std::string& where, tokenizer_tables& t)
+      : document_(document), where_(where), t_(t) {}
 
-/// Components may be null, one object, or a Sequence of them.
-template <class Body>
-void for_each_component(const json& j, const char* list, const Body& body) {
-  if (j.is_null()) return;
-  if (j.at("type") == "Sequence") {
-    for (const json& part : j.at(list)) for_each_component(part, list, body);
-  } else {
-    body(j);
+  void run() {
+    read_vocabulary();
+    read_merges();
+    read_normalizer();
+    read_added_tokens();  // some are normalised
+    read_pre_tokenizer();
+    read_post_processor();
+    read_decoder();
   }
-}
 
-[[noreturn]] void refuse(const std::string& where, const std::string& what) {
-  fail(errc::unsupported, where + ": " + what + " is not supported");
-}
+ private:
+  [[noreturn]] void corrupt(const std::string& what) const {
+    fail(errc::corrupt_file, where_ + ": " + what);
+  }
+  [[noreturn]] void refuse(const std::string& what) const {
+    fail(errc::unsupported, where_ + ": " + what + " is not supported");
+  }
 
-}  // namespace
+  /// The value of a key that may be missing or null.
+  template <class T>
+  static T optional_value(const json& j, const char* key, T otherwise) {
+    const auto found = j.find(key);
+    return found == j.end() || found->is_null() ? otherwise : found->template get<T>();
+  }
 
-tokenizer tokenizer::from_json(const std::string& text, const std::string& where) {
-  auto t = std::make_shared<tables>();
-  try {
-    const json j = json::parse(text);
-    const json& model = j.at("model");
-    if (model.value("type", "BPE") != "BPE") refuse(where, "model " + model.at("type").dump());
-    for (const char* key : {"byte_fallback", "fuse_unk"}) {
-      if (model.value(key, false)) refuse(where, std::string("model option ") + key);
+  /// A component may be missing, null, one object, or a Sequence of them.
+  template <class Body>
+  void for_each_part(const char* component, const char* list, const Body& body) const {
+    const auto found = document_.find(component);
+    if (found != document_.end() && !found->is_null()) {
+      for_each_part_of(*found, component, list, body, 0);
     }
-    t->ignore_merges = model.value("ignore_merges", false);
+  }
+  template <class Body>
+  void for_each_part_of(const json& j, const char* component, const char* list, const Body& body,
+                        int depth) const {
+    const auto type = j.at("type").get<std::string>();
+    if (type != "Sequence") return body(j, type);
+    if (depth == 8) refuse(std::string(component) + " nested so deeply");
+    for (const json& part : j.at(list)) for_each_part_of(part, component, list, body, depth + 1);
+  }
 
-    // Vocabulary and added tokens share the ids; both must stay in a sane range.
-    std::vector<std::pair<std::string, long long>> entries;
-    for (const auto& [token, id] : model.at("vocab").items()) {
-      entries.emplace_back(token, id.get<long long>());
+  const json& model() const { return document_.at("model"); }
+
+  void read_vocabulary() {
+    if (const auto type = optional_value<std::string>(model(), "type", "BPE"); type != "BPE") {
+      refuse("model " + type);
     }
-    const std::size_t in_model = entries.size();
-    const json added = j.value("added_tokens", json::array());
-    for (const json& a : added) {
-      entries.emplace_back(a.at("content").get<std::string>(), a.at("id").get<long long>());
-    }
-    const auto limit = static_cast<long long>(2 * entries.size() + 65536);
-    long long largest = -1;
-    for (const auto& [token, id] : entries) {
-      if (id < 0 || id >= limit) {
-        fail(errc::corrupt_file, where + ": token " + token + " has id " + std::to_string(id) +
-                                     ", but ids must be in [0, " + std::to_string(limit) + ")");
-      }
-      largest = std::max(largest, id);
-    }
-    t->bytes.resize(static_cast<std::size_t>(largest + 1));
-    t->special.resize(t->bytes.size(), false);
-    for (std::size_t i = 0; i < in_model; ++i) {
-      const auto& [token, id] = entries[i];
-      t->vocabulary[token] = static_cast<int>(id);
-      if (auto raw = raw_bytes(token)) {
-        t->by_bytes[*raw] = static_cast<int>(id);
-        t->bytes[static_cast<std::size_t>(id)] = std::move(*raw);
-      } else {
-        t->bytes[static_cast<std::size_t>(id)] = token;
+    if (optional_value(model(), "byte_fallback", false)) refuse("model option byte_fallback");
+    if (optional_value(model(), "dropout", 0.0) != 0.0) refuse("model option dropout");
+    for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
+      if (!optional_value<std::string>(model(), key, "").empty()) {
+        refuse(std::string("model option ") + key);
       }
     }
-    for (const json& a : added) {
-      const auto content = a.at("content").get<std::string>();
-      const int id = a.at("id").get<int>();
-      for (const char* key : {"lstrip", "rstrip", "single_word"}) {
-        if (a.value(key, false)) refuse(where, "added token " + content + " with " + key);
+
+    const json& vocabulary = model().at("vocab");
+    const std::size_t added = added_tokens().size();
+    if (!vocabulary.is_object()) corrupt("vocab is not an object");
+    id_limit_ = static_cast<long long>(2 * (vocabulary.size() + added)) + 65536;
+    for (const auto& [token, id] : vocabulary.items()) claim(token, id.get<long long>());
+    model_ids_ = t_.ids;
+
+    const bool ignore_merges = optional_value(model(), "ignore_merges", false);
+    t_.model.byte_id.fill(-1);
+    for (const auto& [token, id] : model_ids_) {
+      auto bytes = bytes_of_token(token);
+      if (bytes && bytes->size() == 1) {
+        t_.model.byte_id[static_cast<unsigned char>(bytes->front())] = id;
       }
-      if (content.empty()) fail(errc::corrupt_file, where + ": an added token is empty");
-      t->vocabulary[content] = id;
-      t->bytes[static_cast<std::size_t>(id)] = content;
-      t->special[static_cast<std::size_t>(id)] = a.value("special", false);
-      t->added.push_back({content, id, a.value("special", false)});
-    }
-    for (std::size_t b = 0; b < 256; ++b) {
-      const auto found = t->by_bytes.find(std::string(1, static_cast<char>(b)));
-      t->byte_id[b] = found == t->by_bytes.end() ? -1 : found->second;
+      if (bytes && ignore_merges) t_.model.whole_words.emplace(*bytes, id);
+      t_.bytes[static_cast<std::size_t>(id)] = bytes ? std::move(*bytes) : token;
     }
 
+    const auto unknown = optional_value<std::string>(model(), "unk_token", "");
+    if (!unknown.empty()) t_.model.unknown_id = model_id(unknown, "unk_token");
+    t_.model.fuse_unknown = optional_value(model(), "fuse_unk", false);
+  }
+
+  /// Enters a token and its id, which no other token may have.
+  void claim(const std::string& token, long long id) {
+    if (id < 0 || id >= id_limit_) {  // the limit keeps the tables in proportion to the file
+      corrupt("token " + token + " has id " + std::to_string(id) + ", but ids must be in [0, " +
+              std::to_string(id_limit_) + ")");
+    }
+    const auto at = static_cast<std::size_t>(id);
+    if (at >= t_.bytes.size()) {
+      t_.bytes.resize(at + 1);
+      t_.special.resize(at + 1);
+      taken_.resize(at + 1);
+    }
+    if (taken_[at]) corrupt("token " + token + " has id " + std::to_string(id) + " of another");
+    taken_[at] = true;
+    t_.ids.emplace(token, static_cast<int>(id));
+  }
+
+  int model_id(const std::string& token, const std::string& user) const {
+    const auto found = model_ids_.find(token);
+    if (found == model_ids_.end()) corrupt(user + " names " + token + ", not in the vocabulary");
+    return found->second;
+  }
+
+  void read_merges() {
     int rank = 0;
-    for (const json& m : model.at("merges")) {
+    for (const json& m : model().at("merges")) {
+      const std::string name = "merge " + std::to_string(rank);
       std::string left;
       std::string right;
       if (m.is_string()) {
         const auto both = m.get<std::string>();
         const std::size_t space = both.find(' ');
+        if (space == std::string::npos || both.find(' ', space + 1) != std::string::npos) {
+          corrupt(name + " is not two tokens: " + both);
+        }
         left = both.substr(0, space);
-        right = space == std::string::npos ? "" : both.substr(space + 1);
+        right = both.substr(space + 1);
       } else {
-        left = m.at(0).get<std::string>();
-        right = m.at(1).get<std::string>();
+        if (!m.is_array() || m.size() != 2) corrupt(name + " is not two tokens: " + m.dump());
+        left = m[0].get<std::string>();
+        right = m[1].get<std::string>();
       }
-      const auto l = t->vocabulary.find(left);
-      const auto r = t->vocabulary.find(right);
-      const auto merged = t->vocabulary.find(left + right);
-      if (l == t->vocabulary.end() || r == t->vocabulary.end() || merged == t->vocabulary.end()) {
-        fail(errc::corrupt_file, where + ": merge " + std::to_string(rank) + " (" + left + " " +
-                                     right + ") names a token that is not in the vocabulary");
-      }
-      t->merges.emplace(pair_key(l->second, r->second), merge_target{rank++, merged->second});
+      const auto key = byte_pair_model::pair_key(model_id(left, name), model_id(right, name));
+      // Of a merge listed twice the later counts, as in `tokenizers`.
+      t_.model.merges[key] = {rank, model_id(left + right, name)};
+      ++rank;
     }
+  }
 
-    for_each_component(j.value("normalizer", json()), "normalizers", [&](const json& part) {
-      if (part.at("type") != "NFC") refuse(where, "normalizer " + part.at("type").dump());
-      t->normalize_nfc = true;
+  void read_normalizer() {
+    for_each_part("normalizer", "normalizers", [&](const json&, const std::string& type) {
+      const std::array<std::pair<const char*, normal_form>, 4> forms{{{"NFC", normal_form::nfc},
+                                                                      {"NFD", normal_form::nfd},
+                                                                      {"NFKC", normal_form::nfkc},
+                                                                      {"NFKD", normal_form::nfkd}}};
+      const auto found = std::find_if(forms.begin(), forms.end(),
+                                      [&](const auto& form) { return type == form.first; });
+      if (found == forms.end()) refuse("normalizer " + type);
+      t_.normalizers.push_back(found->second);
     });
+  }
 
+  const json& added_tokens() const {
+    static const json none = json::array();
+    const auto found = document_.find("added_tokens");
+    return found == document_.end() || found->is_null() ? none : *found;
+  }
+
+  void read_added_tokens() {
+    for (const json& a : added_tokens()) {
+      added_token token;
+      token.content = a.at("content").get<std::string>();
+      token.special = optional_value(a, "special", false);
+      token.normalized = optional_value(a, "normalized", false);
+      token.single_word = optional_value(a, "single_word", false);
+      token.lstrip = optional_value(a, "lstrip", false);
+      token.rstrip = optional_value(a, "rstrip", false);
+      if (token.content.empty()) corrupt("an added token is empty");
+
+      const auto id = a.at("id").get<long long>();
+      const auto in_model = model_ids_.find(token.content);
+      if (in_model == model_ids_.end()) {
+        if (t_.ids.count(token.content) != 0)
+          corrupt("added token " + token.content + " is there twice");
+        claim(token.content, id);
+      } else if (id != in_model->second) {
+        corrupt("added token " + token.content + " has id " + std::to_string(id) +
+                ", but its id in the vocabulary is " + std::to_string(in_model->second));
+      }
+      token.id = static_cast<int>(id);
+      const auto at = static_cast<std::size_t>(id);
+      t_.special[at] = token.special;
+      if (token.normalized) {
+        for (const normal_form form : t_.normalizers) {
+          token.content = normalized(token.content, form);
+        }
+      }
+      t_.bytes[at] = bytes_of_token(token.content).value_or(token.content);
+      (token.normalized ? t_.added_normalized : t_.added).add(std::move(token));
+    }
+  }
+
+  void read_pre_tokenizer() {
     bool byte_level = false;
-    const auto split_by = [&](const std::string& pattern) {
-      t->splitters.emplace_back([r = regex(pattern, where)](std::string_view s,
-                                                            tables::piece_list& out) {
-        r.split(s, [&](std::size_t begin, std::size_t end) {
-          out.push_back(s.substr(begin, end - begin));
-        });
-      });
-    };
-    for_each_component(j.value("pre_tokenizer", json()), "pretokenizers", [&](const json& part) {
-      const auto type = part.at("type").get<std::string>();
+    for_each_part("pre_tokenizer", "pretokenizers", [&](const json& part, const std::string& type) {
+      if (byte_level) refuse("pre-tokenizer " + type + " behind ByteLevel");
       if (type == "Digits") {
-        split_by(part.value("individual_digits", false) ? R"(\p{N})" : R"(\p{N}+)");
+        const bool individual = optional_value(part, "individual_digits", false);
+        t_.splitters.push_back({regex(individual ? R"(\p{N})" : R"(\p{N}+)", where_)});
       } else if (type == "Split") {
-        if (part.value("behavior", "") != "Isolated" || part.value("invert", false)) {
-          refuse(where, "pre-tokenizer Split with behavior " + part.value("behavior", ""));
-        }
-        split_by(part.at("pattern").at("Regex").get<std::string>());
+        read_split(part);
       } else if (type == "ByteLevel") {
-        if (part.value("add_prefix_space", false)) {
-          refuse(where, "pre-tokenizer ByteLevel with add_prefix_space");
-        }
-        if (part.value("use_regex", true)) split_by(byte_level_pattern);
         byte_level = true;
+        const bool use_regex = optional_value(part, "use_regex", true);
+        const bool prefix_space = optional_value(part, "add_prefix_space", true);
+        // Without its pattern a piece stays whole: a match of everything.
+        if (use_regex || prefix_space) {
+          t_.splitters.push_back({regex(use_regex ? byte_level_pattern : R"([\s\S]+)", where_),
+                                  true, true, prefix_space});
+        }
       } else {
-        refuse(where, "pre-tokenizer " + type);
+        refuse("pre-tokenizer " + type);
       }
     });
-    if (!byte_level) refuse(where, "a pre-tokenizer without ByteLevel");
+    if (!byte_level) refuse("a pre-tokenizer without ByteLevel");
+  }
 
-    for_each_component(j.value("post_processor", json()), "processors", [&](const json& part) {
-      if (part.at("type") == "ByteLevel") return;
-      if (part.at("type") != "TemplateProcessing") {
-        refuse(where, "post-processor " + part.at("type").dump());
-      }
+  void read_split(const json& part) {
+    const json& pattern = part.at("pattern");
+    const std::string text = pattern.contains("Regex")
+                                 ? pattern["Regex"].get<std::string>()
+                                 : regex::literal(pattern.at("String").get<std::string>());
+    const auto behavior = part.at("behavior").get<std::string>();
+    if (behavior == "Isolated") {
+      t_.splitters.push_back({regex(text, where_)});
+    } else if (behavior == "Removed") {
+      const bool invert = optional_value(part, "invert", false);
+      t_.splitters.push_back({regex(text, where_), invert, !invert});
+    } else {
+      refuse("pre-tokenizer Split with behavior " + behavior);
+    }
+  }
+
+  void read_post_processor() {
+    for_each_part("post_processor", "processors", [&](const json& part, const std::string& type) {
+      if (type == "ByteLevel") return;  // only moves offsets
+      if (type != "TemplateProcessing") refuse("post-processor " + type);
+      bool text_seen = false;
+      std::vector<int> prefix;
       for (const json& piece : part.at("single")) {
-        if (piece.contains("Sequence")) break;
-        const auto token = piece.at("SpecialToken").at("id").get<std::string>();
-        t->prefix.push_back(t->vocabulary.at(token));
+        if (piece.contains("Sequence")) {
+          text_seen = true;
+          continue;
+        }
+        if (text_seen) refuse("post-processor TemplateProcessing with tokens behind the text");
+        const auto name = piece.at("SpecialToken").at("id").get<std::string>();
+        for (const json& id : part.at("special_tokens").at(name).at("ids")) {
+          const auto value = id.get<long long>();
+          if (value < 0 || value >= static_cast<long long>(t_.bytes.size())) {
+            corrupt("post-processor: token " + name + " has id " + std::to_string(value) +
+                    ", which is not in the vocabulary");
+          }
+          prefix.push_back(static_cast<int>(value));
+        }
       }
+      t_.prefix.insert(t_.prefix.begin(), prefix.begin(), prefix.end());
     });
+  }
+
+  void read_decoder() {
+    bool byte_level = false;
+    for_each_part("decoder", "decoders", [&](const json&, const std::string& type) {
+      if (type != "ByteLevel") refuse("decoder " + type);
+      byte_level = true;
+    });
+    if (!byte_level) refuse("a decoder without ByteLevel");
+  }
+
+  const json& document_;
+  const std::string& where_;
+  tokenizer_tables& t_;
+  std::unordered_map<std::string, int> model_ids_;  // without added tokens
+  std::vector<bool> taken_;                         // ids
+  long long id_limit_ = 0;
+};
+
+}  // namespace
+
+tokenizer tokenizer::from_json(const std::string& text, const std::string& where) {
+  auto t = std::make_shared<tokenizer_tables>();
+  try {
+    const json document = json::parse(text);
+    reader(document, where, *t).run();
   } catch (const json::exception& e) {
     fail(errc::corrupt_file, where + ": " + e.what());
-  } catch (const std::out_of_range&) {
-    fail(errc::corrupt_file, where + ": a template names a token that is not in the vocabulary");
   }
   return tokenizer(std::move(t));
 }
@@ -531,22 +526,25 @@ tokenizer tokenizer::from_json(const std::string& text, const std::string& where
 tokenizer tokenizer::from_file(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   if (!in) fail(errc::io_error, path + ": " + std::strerror(errno));
-  return from_json(std::string(std::istreambuf_iterator<char>(in), {}), path);
+  const std::string text(std::istreambuf_iterator<char>(in), {});
+  if (in.bad()) fail(errc::io_error, path + ": " + std::strerror(errno));
+  return from_json(text, path);
 }
 
+// ---- Streaming ----------------------------------------------------------------------------------
+
 std::string streaming_decoder::next(int id) {
-  held_ += tokenizer_.decode({id});
-  std::string out;
-  std::string_view rest = held_;
-  while (!rest.empty()) {
-    const int length = character_length(rest);
-    // An ill-formed part at the very end may be the start of a character.
-    if (length < 0 && static_cast<std::size_t>(-length) == rest.size() && rest.size() < 4) break;
-    const auto bytes = static_cast<std::size_t>(std::abs(length));
-    out += length > 0 ? std::string(rest.substr(0, bytes)) : "\xef\xbf\xbd";
-    rest.remove_prefix(bytes);
+  held_ += tokenizer_.bytes_of(id);
+  // An ill-formed part at the very end may be the start of a character.
+  std::size_t whole = 0;
+  while (whole < held_.size()) {
+    const std::string_view rest = std::string_view(held_).substr(whole);
+    const auto length = static_cast<std::size_t>(std::abs(character_length(rest)));
+    if (character_length(rest) < 0 && length == rest.size()) break;
+    whole += length;
   }
-  held_ = std::string(rest);
+  std::string out = well_formed(std::string_view(held_).substr(0, whole));
+  held_.erase(0, whole);
   return out;
 }
 

@@ -10,39 +10,56 @@
 
 namespace qeft_llm {
 
-/// Reads what GPT-2, SmolLM2, Llama 3 and Qwen2 use: model BPE over bytes; pre-tokenizers Digits, Split
-/// by regular expression and ByteLevel; normalizer NFC or none; added tokens; a template that puts
-/// tokens in front. Anything else is refused by name. Immutable; copies share their tables.
+struct tokenizer_tables;  // tokenizer.cpp
+
+/// Reads what GPT-2, SmolLM2, Llama 3 and Qwen2 use: model BPE over bytes; pre-tokenizers Digits,
+/// Split and ByteLevel; normalizers NFC, NFD, NFKC, NFKD; added tokens with all their options;
+/// post-processors ByteLevel and a template that puts tokens in front; decoder ByteLevel. Anything
+/// else is refused by name; truncation and padding are ignored. Immutable; copies share their
+/// tables and may be used by several threads.
 class tokenizer {
  public:
-  /// Throws qeft::error for a file that cannot be read, is malformed, or uses another component.
+  /// Throws qeft::error: io_error, corrupt_file (malformed or inconsistent) or unsupported (uses
+  /// another component or option).
   static tokenizer from_file(const std::string& path);
+  /// @param where what errors begin with
   static tokenizer from_json(const std::string& text, const std::string& where);
 
-  /// @param utf8          bytes that are not UTF-8 count as U+FFFD, one per maximal ill-formed part
-  /// @param parse_special whether added tokens inside the text are recognised
+  /// Every maximal ill-formed part of the text counts as U+FFFD. A byte for which the vocabulary
+  /// has no token gives the unknown token if there is one, else nothing (SmolLM2 lacks 21 bytes,
+  /// all of them control characters or not used in assigned characters).
+  /// @param utf8          fewer than 2^31 bytes
+  /// @param parse_special whether special tokens written in the text are recognised; added tokens
+  ///                      that are not special always are
   /// @return ids, without the prefix
   std::vector<int> encode(std::string_view utf8, bool parse_special = true) const;
-  /// The bytes of the tokens, which need not be whole UTF-8 characters. Ids out of range throw.
+
+  /// Text of the tokens, ill-formed UTF-8 replaced as in encode. An id without a token gives
+  /// nothing: the embedding of a model may have more rows than there are tokens.
   std::string decode(const std::vector<int>& ids, bool skip_special = false) const;
+
+  /// What one token adds to the text: not always whole characters.
+  std::string_view bytes_of(int id) const noexcept;
 
   /// Tokens the model wants in front of every text, such as <|begin_of_text|>; often none.
   const std::vector<int>& prefix() const noexcept;
   std::optional<int> id_of(const std::string& token) const;
+  bool is_special(int id) const noexcept;
+  /// One more than the largest id.
   int vocab_size() const noexcept;
 
  private:
-  struct tables;
-  explicit tokenizer(std::shared_ptr<const tables> t) : tables_(std::move(t)) {}
-  std::shared_ptr<const tables> tables_;
+  explicit tokenizer(std::shared_ptr<const tokenizer_tables> t) : tables_(std::move(t)) {}
+  std::shared_ptr<const tokenizer_tables> tables_;
 };
 
-/// Decodes token by token and holds back bytes until they are whole characters.
+/// Decodes token by token and holds back bytes until they are whole characters: all it returns,
+/// joined, is what tokenizer::decode gives.
 class streaming_decoder {
  public:
   explicit streaming_decoder(tokenizer tok) : tokenizer_(std::move(tok)) {}
   std::string next(int id);
-  /// What was held back.
+  /// What was held back, repaired; then as new.
   std::string finish();
 
  private:

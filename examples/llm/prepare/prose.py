@@ -3,8 +3,8 @@
 
 A document is a page of a manual or a run of entries of the Jargon File. One document in eight,
 chosen by the hash of its name, is held out, so that the split depends neither on the order of the
-files nor on the machine. A held-out paragraph that shares a run of `OVERLAP` words with the calibration text
-(quotations, notices repeated on many pages) is dropped.
+files nor on the machine. A held-out paragraph that shares a run of `OVERLAP` words with the
+calibration text (quotations, notices repeated on many pages) is dropped.
 """
 
 import gzip
@@ -33,7 +33,8 @@ OVERLAP = 13        # words
 ENTRIES = 100       # paragraphs of the Jargon File that make a document
 
 BLOCKS = frozenset("address article aside blockquote body br dd div dl dt figure footer "
-                   "h1 h2 h3 h4 h5 h6 header hr html li main nav ol p pre section table td th tr ul".split())
+                   "h1 h2 h3 h4 h5 h6 header hr html li main nav ol p pre section table td th tr "
+                   "ul".split())
 SKIPPED = frozenset("dl head nav pre script style table".split())  # dl: tables of contents
 
 
@@ -140,9 +141,10 @@ def word_runs(paragraph):
 
 
 def split(all_documents):
-    """(calibration, held out): lists of paragraphs, in the order of the hashes of the document names.
+    """(calibration, held out): lists of paragraphs.
 
-    That order mixes the packages, so that any part of the files is a sample of all of them.
+    The documents are in the order of the hashes of their names, which mixes the packages, so that
+    any part of the files is a sample of all of them.
     """
     hashed = sorted((hashlib.sha256(name.encode()).digest(), paragraphs)
                     for name, paragraphs in all_documents)

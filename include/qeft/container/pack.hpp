@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whole packed arrays at once: the fast counterparts of scatter_code and gather_code for packed_array,
-// that is, for rows of row_packed matrices and for arrays of integer zero points.
+// Whole packed arrays at once: the fast counterparts of scatter_code and gather_code for
+// packed_array, that is, for rows of row_packed matrices and for arrays of integer zero points.
 #pragma once
 
 #include "qeft/container/matrix_descriptor.hpp"

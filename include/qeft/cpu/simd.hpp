@@ -253,6 +253,9 @@ struct avx512 {
   static constexpr const char* name = "avx512";
   static constexpr int lanes = 16;
   static constexpr int tokens = 12;
+  // Zeroing forms with all lanes on are the plain instructions; GCC 12 takes the unmasked ones for
+  // reads of uninitialised registers and warns.
+  static constexpr __mmask16 all = 0xffff;
 
   struct floats {
     __m512 v;
@@ -267,10 +270,10 @@ struct avx512 {
       return {_mm512_or_si512(a.v, b.v)};
     }
     friend QEFT_ALWAYS_INLINE words operator<<(words a, int b) {
-      return {_mm512_slli_epi32(a.v, static_cast<unsigned>(b))};
+      return {_mm512_maskz_slli_epi32(all, a.v, static_cast<unsigned>(b))};
     }
     friend QEFT_ALWAYS_INLINE words operator>>(words a, int b) {
-      return {_mm512_srli_epi32(a.v, static_cast<unsigned>(b))};
+      return {_mm512_maskz_srli_epi32(all, a.v, static_cast<unsigned>(b))};
     }
     friend QEFT_ALWAYS_INLINE words operator+(words a, words b) {
       return {_mm512_add_epi32(a.v, b.v)};
@@ -279,16 +282,18 @@ struct avx512 {
 
   QEFT_ALWAYS_INLINE static floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
   QEFT_ALWAYS_INLINE static floats load(const half_bits* p) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    return {_mm512_maskz_cvtph_ps(all, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
   QEFT_ALWAYS_INLINE static floats load(const bf16_bits* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+    return {_mm512_castsi512_ps(
+        _mm512_maskz_slli_epi32(all, _mm512_maskz_cvtepu16_epi32(all, bits), 16))};
   }
   QEFT_ALWAYS_INLINE static void store(float* p, floats a) { _mm512_storeu_ps(p, a.v); }
   QEFT_ALWAYS_INLINE static void store(half_bits* p, floats a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(p),
+        _mm512_maskz_cvtps_ph(all, a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   QEFT_ALWAYS_INLINE static void store(bf16_bits* p, floats a) {
     alignas(64) float v[lanes];
@@ -302,7 +307,9 @@ struct avx512 {
   }
   QEFT_ALWAYS_INLINE static floats mul(floats a, floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
   QEFT_ALWAYS_INLINE static floats add(floats a, floats b) { return {_mm512_add_ps(a.v, b.v)}; }
-  QEFT_ALWAYS_INLINE static floats to_floats(words a) { return {_mm512_cvtepi32_ps(a.v)}; }
+  QEFT_ALWAYS_INLINE static floats to_floats(words a) {
+    return {_mm512_maskz_cvtepi32_ps(all, a.v)};
+  }
   QEFT_ALWAYS_INLINE static words zero_words() { return {_mm512_setzero_si512()}; }
   QEFT_ALWAYS_INLINE static words load(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
   QEFT_ALWAYS_INLINE static void store(std::uint32_t* p, words a) { _mm512_storeu_si512(p, a.v); }
@@ -315,9 +322,10 @@ struct avx512 {
         _mm512_set1_epi32(static_cast<int>(first * Width % 32)));
     constexpr auto used = static_cast<__mmask16>((1U << (16 * Width > 32 ? Width / 2 : 1)) - 1U);
     const __m512i loaded = _mm512_maskz_loadu_epi32(used, p + first * Width / 32);
-    const __m512i word = _mm512_permutexvar_epi32(_mm512_srli_epi32(bit, 5), loaded);
+    const __m512i word =
+        _mm512_maskz_permutexvar_epi32(all, _mm512_maskz_srli_epi32(all, bit, 5), loaded);
     const __m512i shift = _mm512_and_si512(bit, _mm512_set1_epi32(31));
-    return words{_mm512_srlv_epi32(word, shift)} & ((1U << Width) - 1U);
+    return words{_mm512_maskz_srlv_epi32(all, word, shift)} & ((1U << Width) - 1U);
   }
   QEFT_ALWAYS_INLINE static words broadcast(const std::int8_t* p) {
     std::int32_t u = 0;
@@ -374,9 +382,9 @@ namespace detail {
 template <class T, index_t N>
 using array = T[static_cast<std::size_t>(N)];
 
-template <class Body, int... I>
-QEFT_ALWAYS_INLINE void unroll_indices(const Body& body, std::integer_sequence<int, I...>) {
-  (body(std::integral_constant<int, I>{}), ...);
+template <class Body, int... Index>
+QEFT_ALWAYS_INLINE void unroll_indices(const Body& body, std::integer_sequence<int, Index...>) {
+  (body(std::integral_constant<int, Index>{}), ...);
 }
 
 /// Row tiles that gemv takes at once: eight accumulators hide the latency of an addition.

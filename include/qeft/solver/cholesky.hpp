@@ -30,8 +30,8 @@ namespace detail {
 inline constexpr index_t factor_block = 128;
 
 /// In place: the lower triangle of the column-major n x n matrix becomes L with L L^T = A. Returns
-/// false when a pivot is not clearly positive. Tiles are fixed, so the result does not depend on the
-/// number of threads.
+/// false when a pivot is not clearly positive. Tiles are fixed, so the result does not depend on
+/// the number of threads.
 inline bool cholesky_lower(const on_host& exec, double* a, index_t n) {
   using matrix = Eigen::Map<Eigen::MatrixXd, 0, Eigen::OuterStride<>>;
   const auto tile = [&](index_t row, index_t col, index_t rows, index_t cols) {
@@ -115,13 +115,13 @@ inline bool reversed_inverse(const on_host& exec, const double* l, index_t n, fl
 
 /// Factors the damped Hessian in reversed order. With J the reversal and J H J = L L^T (an ordinary
 /// Cholesky factorisation), R = J L J is upper triangular and H = R R^T. Then H^-1 = R^-T R^-1, so
-/// U = R^-1 = J L^-1 J is upper triangular with U^T U = H^-1: the upper Cholesky factor of H^-1, for
-/// half the operations of inverting and factoring again. Computed in double: the condition number of
-/// a damped H with outlier columns can exceed what FP32 resolves.
+/// U = R^-1 = J L^-1 J is upper triangular with U^T U = H^-1: the upper Cholesky factor of H^-1,
+/// for half the operations of inverting and factoring again. Computed in double: the condition
+/// number of a damped H with outlier columns can exceed what FP32 resolves.
 ///
-/// A dead input (H_jj = 0) gets H_jj = 1, which decouples it. The damping is relative to the mean of
-/// the diagonal over live inputs. When the factorisation fails, lambda grows tenfold (from at least
-/// 0.001) while it is at most 1; then errc::not_positive_definite is thrown.
+/// A dead input (H_jj = 0) gets H_jj = 1, which decouples it. The damping is relative to the mean
+/// of the diagonal over live inputs. When the factorisation fails, lambda grows tenfold (from at
+/// least 0.001) while it is at most 1; then errc::not_positive_definite is thrown.
 /// @param h      (n, n) symmetric, as hessian_accumulator::finish returns it
 /// @param order  column of `h` that stands at each of the n positions of U: a permutation
 /// @param robust the first `robust` positions of `order` are robust columns (the others are weak)
@@ -160,8 +160,7 @@ inline inverse_factor factor_inverse(const on_host& exec, span<const float> h,
 
   host_buffer<double> a(static_cast<std::size_t>(n * n));
   result.u.resize(static_cast<std::size_t>(n * n));
-  for (double lambda = options.damping; lambda <= 1.0;
-       lambda = std::max(10.0 * lambda, 0.001)) {
+  for (double lambda = options.damping; lambda <= 1.0; lambda = std::max(10.0 * lambda, 0.001)) {
     exec.parallel_for(n, 16, [&](index_t begin, index_t end) {
       for (index_t j = begin; j < end; ++j) {
         const float* row = h.data() + order[n - 1 - j] * n;  // h is symmetric: row = column

@@ -40,13 +40,14 @@ inline void check(const group_search_options& o) {
                                      ", but must be in [1, 10000]");
   }
   if (!(o.norm >= 1.0 && o.norm <= 8.0)) {
-    fail(errc::invalid_argument, "group_search_options: norm is " + std::to_string(o.norm) +
-                                     ", but must be in [1, 8]");
+    fail(errc::invalid_argument,
+         "group_search_options: norm is " + std::to_string(o.norm) + ", but must be in [1, 8]");
   }
 }
 
-/// Rounds weights with one (scale, zero) as stored. Every zero_kind is the same map: a weight becomes
-/// scale * level + offset with an integer level in [lower, upper], and its code is level - lower.
+/// Rounds weights with one (scale, zero) as stored. Every zero_kind is the same map: a weight
+/// becomes scale * level + offset with an integer level in [lower, upper], and its code is level -
+/// lower.
 struct group_quantizer {
   float scale;   // what the stored 16-bit scale reads back as; positive and finite
   float offset;  // the stored scaled zero; 0 for the other kinds
@@ -257,8 +258,7 @@ group_choice pruned(span<const float> w, const group_format& f, int steps, doubl
   // The unclipped range is a good first bound; the loops meet it again in its turn, and `<=` there
   // keeps the first of equally good candidates, as the exhaustive search does.
   group_choice best = minmax<Scalar>(w, f);
-  double least =
-      group_error(w, best.quantizer, norm, std::numeric_limits<double>::infinity());
+  double least = group_error(w, best.quantizer, norm, std::numeric_limits<double>::infinity());
   bool in_order = false;  // whether `best` was found by the loops
 
   // An error sum of `least` bounds each single error: a candidate that clips an extreme weight by
@@ -307,8 +307,7 @@ auto visit_scalar(scalar_kind kind, Visitor&& visitor) {
 /// Smallest and largest weight at the two ends of the code range.
 /// @pre w is finite, is_supported_bits(f.bits)
 inline group_choice minmax_params(span<const float> w, const group_format& f) {
-  return detail::visit_scalar(f.scalar,
-                              [&](auto s) { return detail::minmax<decltype(s)>(w, f); });
+  return detail::visit_scalar(f.scalar, [&](auto s) { return detail::minmax<decltype(s)>(w, f); });
 }
 
 /// The definition of the grid search: of all ranges i / steps of [min(w, 0), max(w, 0)], i = steps
@@ -320,21 +319,19 @@ inline group_choice exhaustive_search(span<const float> w, const group_format& f
                                       const group_search_options& o) {
   const float normalize = detail::normalizer(detail::weight_range(w).largest());
   return detail::visit_norm(o.norm, normalize, [&](const auto& norm) {
-    return detail::visit_scalar(f.scalar, [&](auto s) {
-      return detail::exhaustive<decltype(s)>(w, f, o.steps, norm);
-    });
+    return detail::visit_scalar(
+        f.scalar, [&](auto s) { return detail::exhaustive<decltype(s)>(w, f, o.steps, norm); });
   });
 }
 
-/// The result of exhaustive_search, without evaluating candidates whose clipping error alone exceeds
-/// the best error so far. Same preconditions.
+/// The result of exhaustive_search, without evaluating candidates whose clipping error alone
+/// exceeds the best error so far. Same preconditions.
 inline group_choice pruned_search(span<const float> w, const group_format& f,
                                   const group_search_options& o) {
   const float normalize = detail::normalizer(detail::weight_range(w).largest());
   return detail::visit_norm(o.norm, normalize, [&](const auto& norm) {
-    return detail::visit_scalar(f.scalar, [&](auto s) {
-      return detail::pruned<decltype(s)>(w, f, o.steps, o.norm, norm);
-    });
+    return detail::visit_scalar(
+        f.scalar, [&](auto s) { return detail::pruned<decltype(s)>(w, f, o.steps, o.norm, norm); });
   });
 }
 

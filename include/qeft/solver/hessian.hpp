@@ -8,12 +8,12 @@
 
 namespace qeft::solver {
 
-/// H = 2 X X^T / T over T tokens: the mean over tokens, so that it does not depend on how tokens are
-/// cut into samples. Only the sample being added is resident.
+/// H = 2 X X^T / T over T tokens: the mean over tokens, so that it does not depend on how tokens
+/// are cut into samples. Only the sample being added is resident.
 ///
 /// Sums are FP32: their error, about 1e-6 of sqrt(H_ii H_jj) after 65,536 tokens, is far below the
-/// damping that every use of H adds, and double would cost twice the memory and time. Each tile of H
-/// is one task and takes the tokens in order, so results do not depend on the number of threads.
+/// damping that every use of H adds, and double would cost twice the memory and time. Each tile of
+/// H is one task and takes the tokens in order, so results do not depend on the number of threads.
 class hessian_accumulator {
  public:
   explicit hessian_accumulator(index_t in_channels) : n_(in_channels) {
@@ -27,8 +27,8 @@ class hessian_accumulator {
   index_t in_channels() const noexcept { return n_; }
   index_t tokens() const noexcept { return tokens_; }
 
-  /// Adds a sample: x is (tokens, in_channels), row-major. Throws not_finite naming token and channel;
-  /// the sum is then unchanged.
+  /// Adds a sample: x is (tokens, in_channels), row-major. Throws not_finite naming token and
+  /// channel; the sum is then unchanged.
   void add(const on_host& exec, const float* x, index_t tokens) {
     if (tokens <= 0) return;
     check_finite(exec, x, tokens, n_, "hessian_accumulator::add: x (tokens x in_channels)");
@@ -62,7 +62,8 @@ class hessian_accumulator {
     return d;
   }
 
-  /// Moves H out, (in_channels, in_channels), symmetric; zero without tokens. The accumulator is spent.
+  /// Moves H out, (in_channels, in_channels), symmetric; zero without tokens. The accumulator is
+  /// spent.
   host_buffer<float> finish() && {
     const double factor = tokens_ == 0 ? 0.0 : 2.0 / static_cast<double>(tokens_);
     for (index_t r = 0; r < n_; ++r) {

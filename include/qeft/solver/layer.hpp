@@ -28,14 +28,14 @@ struct optq_tuning {
 
 struct layer_options {
   layer_method method = layer_method::optq;
-  int bits = 4;                           // 2, 3, 4 or 8
-  index_t group_size = 128;               // multiple of 32, or per_channel
+  int bits = 4;              // 2, 3, 4 or 8
+  index_t group_size = 128;  // multiple of 32, or per_channel
   zero_kind zero = zero_kind::integer;
   scalar_kind scalar = scalar_kind::half;
   group_search_options search;
   std::vector<std::int32_t> weak_columns;  // input columns kept in full precision, ascending
-  bool static_groups = false;  // OPTQ: all group parameters from the original weights
-  bool act_order = false;      // OPTQ: robust columns by falling H_jj; implies static_groups
+  bool static_groups = false;              // OPTQ: all group parameters from the original weights
+  bool act_order = false;  // OPTQ: robust columns by falling H_jj; implies static_groups
   /// Damping by the mean over all columns follows the paper; robust_mean leaves the weak ones out.
   damping_options damping;
   bool measure_error = true;  // fill layer_report::output_error and squared_error
@@ -43,9 +43,9 @@ struct layer_options {
 };
 
 struct layer_report {
-  std::optional<double> output_error;     // E = tr(dW H dW^T), undamped H; empty without a Hessian
-  std::optional<double> squared_error;    // ||dW||^2, dW = W - dequantised, dead inputs included
-  double damping = 0.0;                   // lambda that was used; above the option when H needed more
+  std::optional<double> output_error;   // E = tr(dW H dW^T), undamped H; empty without a Hessian
+  std::optional<double> squared_error;  // ||dW||^2, dW = W - dequantised, dead inputs included
+  double damping = 0.0;                 // lambda that was used; above the option when H needed more
   std::vector<std::int32_t> dead_inputs;  // input columns with H_jj = 0
   double factor_seconds = 0.0;
   double solve_seconds = 0.0;
@@ -80,9 +80,8 @@ class layer_builder {
       : matrix_(describe(out_channels, in_channels, o), o.weak_columns),
         extent_(matrix_.descriptor().extent()),
         format_{o.bits, o.zero, o.scalar} {
-    zeros_.resize(o.zero == zero_kind::integer
-                      ? static_cast<std::size_t>(out_channels * extent_.groups)
-                      : 0);
+    zeros_.resize(
+        o.zero == zero_kind::integer ? static_cast<std::size_t>(out_channels * extent_.groups) : 0);
     index_t weak = 0;
     for (index_t c = 0; c < in_channels; ++c) {
       if (weak < extent_.weak && o.weak_columns[static_cast<std::size_t>(weak)] == c) {
@@ -128,11 +127,11 @@ class layer_builder {
     visit_scalar(format_.scalar, [&](auto scalar) {
       const auto stored = from_float<decltype(scalar)>(value);
       if (!std::isfinite(to_float(stored))) {
-        fail(errc::not_finite,
-             "quantize_layer: weak column " +
-                 std::to_string(weak_columns()[static_cast<std::size_t>(j)]) + ", row " +
-                 std::to_string(row) + " became " + std::to_string(value) +
-                 ", which overflows " + to_string(format_.scalar));
+        fail(errc::not_finite, "quantize_layer: weak column " +
+                                   std::to_string(weak_columns()[static_cast<std::size_t>(j)]) +
+                                   ", row " + std::to_string(row) + " became " +
+                                   std::to_string(value) + ", which overflows " +
+                                   to_string(format_.scalar));
       }
       matrix_.write_weak(row, j, stored.bits);
     });

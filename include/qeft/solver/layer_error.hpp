@@ -19,8 +19,8 @@ struct layer_error {
 namespace detail {
 
 /// Row n of the dequantised layer, in input order: (IC) values, equal to `dequantize`.
-inline void dequantize_row(const quantized_matrix<>& m, index_t n,
-                           std::vector<std::uint8_t>& codes, float* out) {
+inline void dequantize_row(const quantized_matrix<>& m, index_t n, std::vector<std::uint8_t>& codes,
+                           float* out) {
   const matrix_descriptor& d = m.descriptor();
   const layout::extent e = d.extent();
   codes.resize(static_cast<std::size_t>(e.dense));
@@ -88,7 +88,8 @@ void for_each_error_tile(const on_host& exec, span<const float> w, const quantiz
   });
 }
 
-/// tr(dW H dW^T) of one tile. Uses H = upper + upper^T - diag in blocks of columns: half the products.
+/// tr(dW H dW^T) of one tile. Uses H = upper + upper^T - diag in blocks of columns: half the
+/// products.
 inline double quadratic_form(const float* dw, index_t rows, const float* h, index_t n) {
   constexpr index_t block = 256;
   row_major_matrix<float> product;

@@ -20,10 +20,11 @@ using row_major_matrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen:
 /// Maps rows x cols elements, consecutive rows `stride` apart.
 template <class T>
 auto map_rows(T* data, index_t rows, index_t cols, index_t stride) {
-  using matrix = std::conditional_t<std::is_const_v<T>,
-                                    const row_major_matrix<std::remove_const_t<T>>,
-                                    row_major_matrix<T>>;
-  return Eigen::Map<matrix, 0, Eigen::OuterStride<>>(data, rows, cols, Eigen::OuterStride<>(stride));
+  using matrix =
+      std::conditional_t<std::is_const_v<T>, const row_major_matrix<std::remove_const_t<T>>,
+                         row_major_matrix<T>>;
+  return Eigen::Map<matrix, 0, Eigen::OuterStride<>>(data, rows, cols,
+                                                     Eigen::OuterStride<>(stride));
 }
 
 /// Throws errc::not_finite naming the first NaN or infinity of a rows x cols matrix.

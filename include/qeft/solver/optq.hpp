@@ -97,8 +97,8 @@ class optq_solver {
     store(s);
   }
 
-  /// Blocks never cut a group that starts inside them, so that at a group's first column every earlier
-  /// error has reached the whole group.
+  /// Blocks never cut a group that starts inside them, so that at a group's first column every
+  /// earlier error has reached the whole group.
   index_t block_end(index_t begin) const {
     index_t length = options_.tuning.block_columns;
     if (!static_groups_) {
@@ -114,8 +114,8 @@ class optq_solver {
       float* to = s.w.data() + r * n_;
       for (index_t p = 0; p < n_; ++p) to[p] = from[order_.input[static_cast<std::size_t>(p)]];
     }
-    // A robust column whose input is always zero becomes zero, which frees the range of its group. If
-    // all inputs are dead nothing is known, and the weights stay.
+    // A robust column whose input is always zero becomes zero, which frees the range of its group.
+    // If all inputs are dead nothing is known, and the weights stay.
     if (static_cast<index_t>(factor_.dead_inputs.size()) == n_) return;
     for (index_t p = 0; p < e_.dense; ++p) {
       const auto& dead = factor_.dead_inputs;
@@ -170,9 +170,9 @@ class optq_solver {
     }
   }
 
-  /// The errors of block [begin, end) reach all later columns at once. FP32 suffices: a weight takes
-  /// one update per block, so its rounding error stays near 1e-6 of its size, where a quantisation
-  /// step is 1e-3 to 1e-1 of it.
+  /// The errors of block [begin, end) reach all later columns at once. FP32 suffices: a weight
+  /// takes one update per block, so its rounding error stays near 1e-6 of its size, where a
+  /// quantisation step is 1e-3 to 1e-1 of it.
   void update_later_columns(tile_state& s, index_t begin, index_t end) const {
     if (end == n_) return;
     map_rows(s.w.data() + end, s.rows, n_ - end, n_).noalias() -=
@@ -189,8 +189,7 @@ class optq_solver {
     for (index_t r = 0; r < s.rows; ++r) {
       builder_.set_codes(s.first_row + r, s.codes.data() + r * e_.dense);
       for (index_t j = 0; j < e_.weak; ++j) {
-        builder_.set_weak(s.first_row + r, j,
-                          s.w[static_cast<std::size_t>(r * n_ + e_.dense + j)]);
+        builder_.set_weak(s.first_row + r, j, s.w[static_cast<std::size_t>(r * n_ + e_.dense + j)]);
       }
     }
   }

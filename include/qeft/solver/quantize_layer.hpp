@@ -57,12 +57,12 @@ class stopwatch {
 }  // namespace detail
 
 /// Quantises W by RTN or OPTQ. The result does not depend on the number of threads and never holds
-/// NaN or infinity: what is not finite in `w` or `h` is an error that names row and column, a Hessian
-/// that no damping repairs is errc::not_positive_definite, and a weak column that leaves the range of
-/// its 16-bit type is errc::not_finite.
+/// NaN or infinity: what is not finite in `w` or `h` is an error that names row and column, a
+/// Hessian that no damping repairs is errc::not_positive_definite, and a weak column that leaves
+/// the range of its 16-bit type is errc::not_finite.
 ///
-/// OPTQ sets robust columns of dead inputs (H_jj = 0) to zero; RTN and weak columns keep them. With a
-/// Hessian of zeros OPTQ equals RTN.
+/// OPTQ sets robust columns of dead inputs (H_jj = 0) to zero; RTN and weak columns keep them. With
+/// a Hessian of zeros OPTQ equals RTN.
 /// @param w (out_channels, in_channels), row-major
 /// @param h (in_channels, in_channels), symmetric; may be empty for layer_method::rtn
 inline layer_result quantize_layer(const on_host& exec, span<const float> w, index_t out_channels,
@@ -94,8 +94,8 @@ inline layer_result quantize_layer(const on_host& exec, span<const float> w, ind
   return result;
 }
 
-/// ||dW_:,j||^2 per input column of a trial RTN quantisation without weak columns: the factor of OWQ's
-/// metric H_jj * ||dW_:,j||^2 (METHOD section 2). Format and search are those of `options`.
+/// ||dW_:,j||^2 per input column of a trial RTN quantisation without weak columns: the factor of
+/// OWQ's metric H_jj * ||dW_:,j||^2 (METHOD section 2). Format and search are those of `options`.
 inline std::vector<double> perturbation(const on_host& exec, span<const float> w,
                                         index_t out_channels, index_t in_channels,
                                         layer_options options) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Round to nearest (METHOD section 3, step 5): min-max or searched group parameters, no compensation.
+// Round to nearest (METHOD section 3, step 5): min-max or searched group parameters, no
+// compensation.
 #pragma once
 
 #include <vector>
@@ -23,8 +24,9 @@ inline void solve_rtn(const on_host& exec, const float* w, index_t in_channels,
       for (index_t g = 0; g < e.groups; ++g) {
         const index_t first = g * group_size;
         const index_t last = std::min(first + group_size, e.dense);
-        const group_choice choice = find_params(span<const float>(dense.data() + first, last - first),
-                                                builder.format(), options.search);
+        const group_choice choice =
+            find_params(span<const float>(dense.data() + first, last - first), builder.format(),
+                        options.search);
         builder.set_params(n, g, choice);
         for (auto i = static_cast<std::size_t>(first); i < static_cast<std::size_t>(last); ++i) {
           codes[i] = choice.quantizer.code(choice.quantizer.level(dense[i]));

@@ -1,0 +1,390 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tokenizer on small vocabularies made here: order of merges, added tokens, broken UTF-8,
+// errors.
+#include "tokenizer.hpp"
+
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "byte_pair.hpp"
+#include "regex.hpp"
+#include "support/catch.hpp"
+#include "support/sweep.hpp"
+#include "support/throws.hpp"
+#include "utf8.hpp"
+
+using namespace qeft_llm;
+using namespace qeft_test;
+using nlohmann::json;
+using qeft::errc;
+
+namespace {
+
+using token_ids = std::vector<int>;
+
+/// The token of one byte, in the alphabet of GPT-2.
+std::string token_of(int byte) {
+  static const std::map<std::string, std::string> tokens = [] {
+    std::map<std::string, std::string> found;
+    for (unsigned code = 0; code < 0x800; ++code) {
+      const std::string c = code < 0x80 ? std::string(1, static_cast<char>(code))
+                                        : std::string{static_cast<char>(0xc0U | code >> 6U),
+                                                      static_cast<char>(0x80U | (code & 0x3fU))};
+      if (const auto bytes = bytes_of_token(c)) found[*bytes] = c;
+    }
+    return found;
+  }();
+  return tokens.at(std::string(1, static_cast<char>(byte)));
+}
+
+/// Id b for byte b; then ab 256, bc 257, abc 258, aa 259, " a" 260; special <s> 261, added <x> 262.
+json small_document() {
+  json vocab;
+  for (int b = 0; b < 256; ++b) vocab[token_of(b)] = b;
+  vocab.update({{"ab", 256}, {"bc", 257}, {"abc", 258}, {"aa", 259}, {"Ġa", 260}});
+  const auto merge = [](const char* left, const char* right) { return json::array({left, right}); };
+  const auto added = [](int id, const char* content, bool special) {
+    return json{{"id", id},        {"content", content},  {"single_word", false}, {"lstrip", false},
+                {"rstrip", false}, {"normalized", false}, {"special", special}};
+  };
+  return {
+      {"added_tokens", {added(261, "<s>", true), added(262, "<x>", false)}},
+      {"normalizer", nullptr},
+      {"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", true}}},
+      {"post_processor", nullptr},
+      {"decoder", {{"type", "ByteLevel"}}},
+      {"model",
+       {{"type", "BPE"},
+        {"unk_token", nullptr},
+        {"vocab", vocab},
+        {"merges",
+         {merge("b", "c"), merge("a", "b"), merge("a", "bc"), merge("a", "a"), merge("Ġ", "a")}}}}};
+}
+
+tokenizer from(const json& document) { return tokenizer::from_json(document.dump(), "tiny"); }
+
+/// The definition: scan for the pair of lowest rank, the leftmost first, merge it, start again.
+token_ids merged_slowly(const byte_pair_model& model, const std::string& word) {
+  token_ids ids;
+  for (const char c : word) ids.push_back(model.byte_id[static_cast<unsigned char>(c)]);
+  while (true) {
+    std::size_t best = ids.size();
+    byte_pair_model::merge merge{0, 0};
+    for (std::size_t i = 0; i + 1 < ids.size(); ++i) {
+      const auto found = model.merges.find(byte_pair_model::pair_key(ids[i], ids[i + 1]));
+      if (found == model.merges.end()) continue;
+      if (best == ids.size() || found->second.rank < merge.rank) {
+        best = i;
+        merge = found->second;
+      }
+    }
+    if (best == ids.size()) return ids;
+    ids[best] = merge.id;
+    ids.erase(ids.begin() + static_cast<std::ptrdiff_t>(best) + 1);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("merges are applied by rank, then from the left") {
+  const tokenizer tok = from(small_document());
+  CHECK(tok.vocab_size() == 263);
+  CHECK(tok.encode("abc") == token_ids{258});       // b c first, then a bc
+  CHECK(tok.encode("aab") == token_ids{'a', 256});  // a b before a a
+  CHECK(tok.encode("aaaaa") == token_ids{259, 259, 'a'});
+  CHECK(tok.encode("a ab") == token_ids{'a', ' ', 256});  // a b before the space
+  CHECK(tok.encode("a ac") == token_ids{'a', 260, 'c'});
+  CHECK(tok.encode("") == token_ids{});
+  CHECK(tok.encode(std::string("a\0b", 3)) == token_ids{'a', 0, 'b'});
+}
+
+TEST_CASE("merging equals the slow definition") {
+  fuzz("random merges and words", 300, [](std::uint64_t seed) {
+    random_source random(seed);
+    byte_pair_model model;
+    for (int b = 0; b < 256; ++b) model.byte_id[static_cast<std::size_t>(b)] = b % 4;
+    const int tokens = static_cast<int>(random.integer(4, 40));
+    for (int rank = 0; rank < 60; ++rank) {
+      const auto key = byte_pair_model::pair_key(static_cast<int>(random.integer(0, tokens)),
+                                                 static_cast<int>(random.integer(0, tokens)));
+      model.merges[key] = {rank, static_cast<int>(random.integer(4, tokens))};
+    }
+    for (int i = 0; i < 20; ++i) {
+      std::string word(static_cast<std::size_t>(random.integer(1, 60)), '\0');
+      for (char& c : word) c = static_cast<char>(random.integer(0, 3));
+      token_ids ids;
+      model.encode(word, ids);
+      CHECK(ids == merged_slowly(model, word));
+    }
+  });
+}
+
+TEST_CASE("a merge listed twice has its later rank; strings are merges too") {
+  json document = small_document();
+  document["model"]["merges"] = {"a b", "b c", "a b"};
+  CHECK(from(document).encode("abc") == token_ids{'a', 257});
+}
+
+TEST_CASE("ignore_merges takes whole words") {
+  json document = small_document();
+  document["model"]["merges"] = json::array();
+  CHECK(from(document).encode("abc") == token_ids{'a', 'b', 'c'});
+  document["model"]["ignore_merges"] = true;
+  CHECK(from(document).encode("abc abcd") == token_ids{258, ' ', 'a', 'b', 'c', 'd'});
+}
+
+TEST_CASE("bytes without a token vanish or give the unknown token") {
+  json document = small_document();
+  document["model"]["vocab"].erase("d");
+  CHECK(from(document).encode("addb") == token_ids{256});
+  document["model"]["unk_token"] = "z";
+  CHECK(from(document).encode("addb") == token_ids{'a', 'z', 'z', 'b'});
+  document["model"]["fuse_unk"] = true;
+  CHECK(from(document).encode("addbd") == token_ids{'a', 'z', 'b', 'z'});
+}
+
+TEST_CASE("added tokens in the text") {
+  json document = small_document();
+  SECTION("special ones can be left as text, others not") {
+    const tokenizer tok = from(document);
+    CHECK(tok.encode("a<s>b<x>") == token_ids{'a', 261, 'b', 262});
+    CHECK(tok.encode("a<s>b<x>", false) == token_ids{'a', '<', 's', '>', 'b', 262});
+    CHECK(tok.encode("<s<s>") == token_ids{'<', 's', 261});
+    CHECK(tok.id_of("<s>") == 261);
+    CHECK(tok.id_of("Ġa") == 260);
+    CHECK(tok.id_of("nothing") == std::nullopt);
+    CHECK(tok.is_special(261));
+    CHECK(!tok.is_special(262));
+    CHECK(!tok.is_special(-1));
+  }
+  SECTION("the longest counts") {
+    json longer = document["added_tokens"][0];
+    longer.update({{"id", 263}, {"content", "<s>!"}});
+    document["added_tokens"].push_back(longer);
+    CHECK(from(document).encode("<s>!<s>") == token_ids{263, 261});
+  }
+  SECTION("white space around them") {
+    document["added_tokens"][0]["lstrip"] = true;
+    document["added_tokens"][1]["rstrip"] = true;
+    CHECK(from(document).encode("b \t\u3000<s> b") == token_ids{'b', 261, ' ', 'b'});
+    CHECK(from(document).encode("b <x>\n\u0085 b") == token_ids{'b', ' ', 262, 'b'});
+    CHECK(from(document).encode("<x>  <s>") == token_ids{262, 261});
+  }
+  SECTION("whole words") {
+    document["added_tokens"][0]["single_word"] = true;
+    CHECK(from(document).encode("<s> <s>") == token_ids{261, ' ', 261});
+    CHECK(from(document).encode("b<s>") == token_ids{'b', '<', 's', '>'});
+    CHECK(from(document).encode("<s>_") == token_ids{'<', 's', '>', '_'});
+    CHECK(from(document).encode("\u00e9<s>") == token_ids{0xc3, 0xa9, '<', 's', '>'});
+  }
+  SECTION("normalised ones are found in the normalised text") {
+    document["normalizer"] = {{"type", "NFC"}};
+    document["added_tokens"][0]["content"] = "<e\u0301>";
+    CHECK(from(document).encode("<e\u0301>") == token_ids{261});
+    CHECK(from(document).encode("<\u00e9>") == token_ids{'<', 0xc3, 0xa9, '>'});
+    document["added_tokens"][0]["normalized"] = true;
+    CHECK(from(document).encode("<e\u0301>") == token_ids{261});
+    CHECK(from(document).encode("<\u00e9>") == token_ids{261});
+  }
+}
+
+TEST_CASE("ill-formed UTF-8 becomes U+FFFD, one for each maximal part") {
+  const std::string r = "\ufffd";
+  CHECK(well_formed("a\xff"
+                    "b") == "a" + r + "b");
+  CHECK(well_formed("\xe2\x82") == r);  // cut short
+  CHECK(well_formed("\xe2\x82"
+                    "a") == r + "a");
+  CHECK(well_formed("\xf0\x9f\x98\xe2\x82\xac") == r + "\u20ac");
+  CHECK(well_formed("\xed\xa0\x80") == r + r + r);          // a surrogate
+  CHECK(well_formed("\xc0\xaf") == r + r);                  // overlong
+  CHECK(well_formed("\xf4\x90\x80\x80") == r + r + r + r);  // beyond U+10FFFF
+  CHECK(well_formed("\u00e9\u20ac\U0001f600") == "\u00e9\u20ac\U0001f600");
+  CHECK(from(small_document()).encode("\xff") == token_ids{0xef, 0xbf, 0xbd});
+}
+
+TEST_CASE("decoding") {
+  const tokenizer tok = from(small_document());
+  CHECK(tok.decode({258, 260, 261, 262}) == "abc a<s><x>");
+  CHECK(tok.decode({258, 260, 261, 262}, true) == "abc a<x>");
+  CHECK(tok.decode({0xc3, 0xa9, 0xc3}) == "\u00e9\ufffd");
+  CHECK(tok.decode({'a', -1, 263, 1 << 30}) == "a");
+  CHECK(tok.bytes_of(0xc3) == "\xc3");
+}
+
+TEST_CASE("streaming holds back what is not whole") {
+  streaming_decoder decoder(from(small_document()));
+  CHECK(decoder.next('a') == "a");
+  CHECK(decoder.next(0xf0).empty());
+  CHECK(decoder.next(0x9f).empty());
+  CHECK(decoder.next(0x98).empty());
+  CHECK(decoder.next(0x80) == "\U0001f600");
+  CHECK(decoder.next(0xe2).empty());
+  CHECK(decoder.next('b') ==
+        "\ufffd"
+        "b");
+  CHECK(decoder.next(0xe2).empty());
+  CHECK(decoder.finish() == "\ufffd");
+  CHECK(decoder.finish().empty());
+}
+
+TEST_CASE("tokens in front of the text") {
+  json document = small_document();
+  const json ids = {{"<s>", {{"id", "<s>"}, {"ids", json::array({261})}, {"tokens", {"<s>"}}}}};
+  const json single = {{{"SpecialToken", {{"id", "<s>"}}}}, {{"Sequence", {{"id", "A"}}}}};
+  document["post_processor"] = {
+      {"type", "TemplateProcessing"}, {"single", single}, {"special_tokens", ids}};
+  CHECK(from(document).prefix() == token_ids{261});
+  CHECK(from(document).encode("a") == token_ids{'a'});
+  CHECK(from(small_document()).prefix().empty());
+}
+
+TEST_CASE("regular expressions mean what they mean in Oniguruma") {
+  const auto matches = [](const char* pattern, std::string_view text) {
+    std::string found;
+    regex::matcher matcher(regex(pattern, "test"));
+    regex::range r{};
+    for (std::size_t at = 0; matcher.find(text, at, r); at = r.end) {
+      found += std::string(text.substr(r.begin, r.end - r.begin)) + "|";
+    }
+    return found;
+  };
+  CHECK(matches(R"(\s)", "\u0085\u180e\u200b\u3000 ") == "\u0085|\u3000| |");
+  CHECK(matches(R"([^\s]+)", "a\u0085\u180eb") == "a|\u180eb|");
+  CHECK(matches(R"(\S+)", "a\u0085\u180eb") == "a|\u180eb|");
+  CHECK(matches(R"([\S]+)", "a\u0085\u180eb") == "a|\u180eb|");
+  CHECK(matches(R"(\p{L}+|\p{N}{1,3})",
+                "\u00e9\u4f60\u0663"
+                "1234") ==
+        "\u00e9\u4f60|\u0663"
+        "12|34|");
+  CHECK(matches(R"((?i:'s))", "'S's") == "'S|'s|");
+  CHECK(matches(regex::literal("a.[b]\\ ").c_str(), "axb a.[b]\\ ") == "a.[b]\\ |");
+  for (const char* pattern :
+       {R"(\w)",     R"(\bx)",     R"(\h)",    R"(\p{Han})", R"(\p{^L})", R"(\pL)",
+        R"(\p{L)",   R"(^a)",      R"(a$)",    R"([a[b]])",  R"([a&&b])", R"([]a])",
+        R"((?x:a))", R"((*UCP)a)", R"(a{2}+)", R"(a{2}?)",   R"(a{,2})",  R"(a{b)",
+        R"(\)",      R"(\x{12)",   R"((a)",    R"(*)",       R"([a)"}) {
+    INFO(pattern);
+    CHECK(throws_with(errc::unsupported, {"test: the pattern", pattern},
+                      [&] { regex(pattern, "test"); }));
+  }
+}
+
+TEST_CASE("a pattern that needs too many steps is an error") {
+  json document = small_document();
+  document["pre_tokenizer"] = {
+      {"type", "Sequence"},
+      {"pretokenizers",
+       {{{"type", "Split"}, {"pattern", {{"Regex", "(a|aa)+c"}}}, {"behavior", "Isolated"}},
+        {{"type", "ByteLevel"}, {"add_prefix_space", false}}}}};
+  const tokenizer tok = from(document);
+  CHECK(throws_with(errc::unsupported, {"splitting the text"},
+                    [&] { tok.encode(std::string(200, 'a')); }));
+}
+
+TEST_CASE("what is not supported is refused by name") {
+  const auto refused = [](const char* pointer, const json& value, const char* name) {
+    json document = small_document();
+    document[json::json_pointer(pointer)] = value;
+    INFO(pointer << " = " << value);
+    CHECK(throws_with(errc::unsupported, {"tiny: ", name}, [&] { from(document); }));
+  };
+  refused("/model/type", "Unigram", "model Unigram");
+  refused("/model/byte_fallback", true, "byte_fallback");
+  refused("/model/dropout", 0.1, "dropout");
+  refused("/model/continuing_subword_prefix", "##", "continuing_subword_prefix");
+  refused("/model/end_of_word_suffix", "</w>", "end_of_word_suffix");
+  refused("/normalizer", {{"type", "Lowercase"}}, "normalizer Lowercase");
+  refused("/pre_tokenizer", nullptr, "without ByteLevel");
+  refused("/pre_tokenizer", {{"type", "Metaspace"}}, "pre-tokenizer Metaspace");
+  refused(
+      "/pre_tokenizer",
+      {{"type", "Sequence"}, {"pretokenizers", {{{"type", "ByteLevel"}}, {{"type", "Digits"}}}}},
+      "Digits behind ByteLevel");
+  refused("/pre_tokenizer",
+          {{"type", "Split"}, {"pattern", {{"String", "a"}}}, {"behavior", "MergedWithNext"}},
+          "MergedWithNext");
+  refused("/post_processor", {{"type", "BertProcessing"}}, "BertProcessing");
+  refused("/post_processor",
+          {{"type", "TemplateProcessing"},
+           {"single", {{{"Sequence", {{"id", "A"}}}}, {{"SpecialToken", {{"id", "<s>"}}}}}}},
+          "behind the text");
+  refused("/decoder", nullptr, "without ByteLevel");
+  refused("/decoder", {{"type", "WordPiece"}}, "decoder WordPiece");
+}
+
+TEST_CASE("inconsistent files are errors that name the fault") {
+  const auto corrupt = [](const char* pointer, const json& value, const char* fault) {
+    json document = small_document();
+    document[json::json_pointer(pointer)] = value;
+    INFO(pointer << " = " << value);
+    CHECK(throws_with(errc::corrupt_file, {"tiny: ", fault}, [&] { from(document); }));
+  };
+  corrupt("/model/merges/0", {"b", "missing"}, "merge 0 names missing");
+  corrupt("/model/merges/1", {"b", "b"}, "merge 1 names bb");
+  corrupt("/model/merges/0", "bc", "merge 0 is not two tokens");
+  corrupt("/model/merges/0", "b c d", "merge 0 is not two tokens");
+  corrupt("/model/merges/0", json::array({"b"}), "merge 0 is not two tokens");
+  corrupt("/model/merges", {{"a", 1}}, "merge 0");
+  corrupt("/model/vocab/ab", 257, "of another");
+  corrupt("/model/vocab/ab", -1, "has id -1");
+  corrupt("/model/vocab/ab", 2000000000, "has id 2000000000");
+  corrupt("/model/vocab/ab", "256", "type");
+  corrupt("/model/vocab", json::array({1, 2}), "vocab is not an object");
+  corrupt("/model/unk_token", "<unk>", "unk_token names <unk>");
+  corrupt("/model", nullptr, "vocab");
+  corrupt("/added_tokens/0/content", "", "empty");
+  corrupt("/added_tokens/0/content", "<x>", "<x> is there twice");
+  corrupt("/added_tokens/0/content", "ab", "its id in the vocabulary is 256");
+  corrupt("/added_tokens/0/id", 5, "of another");
+  corrupt("/added_tokens/0", "<s>", "");
+  corrupt("/post_processor",
+          {{"type", "TemplateProcessing"},
+           {"single", json::array({json{{"SpecialToken", {{"id", "<s>"}}}}})},
+           {"special_tokens", {{"<s>", {{"ids", json::array({9999})}}}}}},
+          "9999");
+  CHECK(throws_with(errc::corrupt_file, {"tiny: "}, [] { tokenizer::from_json("[]", "tiny"); }));
+  CHECK(throws_with(errc::io_error, {"/no/such/file"},
+                    [] { tokenizer::from_file("/no/such/file"); }));
+}
+
+TEST_CASE("a damaged file is an error or a tokenizer, never a crash") {
+  const std::string whole = small_document().dump();
+  const auto load = [](const std::string& text) {
+    try {
+      const tokenizer tok = tokenizer::from_json(text, "damaged");
+      tok.decode(tok.encode("abc <s> \u00e9 12"));
+      return true;
+    } catch (const qeft::error&) {
+      return false;
+    }
+  };
+  REQUIRE(load(whole));
+  sweep prefixes("prefixes");
+  for (std::size_t length = 0; length < whole.size(); length += 7) {
+    CHECK(!load(whole.substr(0, length)));
+    prefixes.ran();
+  }
+  CHECK(!load(std::string(200000, '[')));
+  json nested = {{"type", "ByteLevel"}};
+  for (int i = 0; i < 1000; ++i)
+    nested = {{"type", "Sequence"}, {"pretokenizers", json::array({nested})}};
+  json document = small_document();
+  document["pre_tokenizer"] = nested;
+  CHECK(!load(document.dump()));
+  fuzz("bytes changed", 1000, [&](std::uint64_t seed) {
+    random_source random(seed);
+    std::string text = whole;
+    for (int i = 0; i < 3; ++i) {
+      const auto at =
+          static_cast<std::size_t>(random.integer(0, static_cast<std::int64_t>(text.size()) - 1));
+      text[at] = random.chance(50) ? static_cast<char>(random.integer(0, 255))
+                                   : random.pick<char>({'"', '{', '}', '[', ']', ',', ':', '9'});
+    }
+    load(text);
+  });
+}

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "isa_cases.hpp"
+#include "support/catch.hpp"
+
+namespace {
+
+using qeft::index_t;
+
+template <class Case, class Isa>
+std::vector<float> product(const Case& c, const std::vector<float>& x, index_t tokens, Isa isa) {
+  const auto view = c.view();
+  std::vector<float> y(static_cast<std::size_t>(tokens * view.out_channels));
+  const qeft::on_host one(1);
+  const qeft::cpu::int8 int8;
+  REQUIRE(qeft::gemm(one, view, x.data(), tokens, y.data(), int8, isa).ok());
+  std::vector<float> other(y.size());
+  for (const int threads : {2, 3, 7}) {
+    const qeft::on_host exec(threads);
+    REQUIRE(qeft::gemm(exec, view, x.data(), tokens, other.data(), int8, isa).ok());
+    CHECK(qeft_test::same_bits(y, other));
+    for (index_t t = 0; t < tokens; ++t) {
+      REQUIRE(qeft::gemv(exec, view, x.data() + t * view.in_channels,
+                         other.data() + t * view.out_channels, int8, isa)
+                  .ok());
+    }
+    CHECK(qeft_test::same_bits(y, other));
+  }
+  return y;
+}
+
+}  // namespace
+
+TEST_CASE("int8 is exact for activations that 8 bits hold") {
+  qeft_test::sweep sweep("instruction sets");
+  qeft_test::for_each_isa_case([&](const auto& c) {
+    qeft_test::random_source random(11);
+    const index_t tokens = 14;
+    std::vector<float> x(static_cast<std::size_t>(tokens * c.layer.d.in_channels));
+    // Multiples of 1/64 up to 127/64 in size. Chunks start at multiples of 32 dense columns: with
+    // the largest size there, the rounding step is exactly 1/64.
+    const auto view = c.view();
+    for (index_t t = 0; t < tokens; ++t) {
+      for (index_t slot = 0; slot < view.in_channels; ++slot) {
+        const bool largest = slot % 32 == 0 || random.chance(50);
+        const index_t units =
+            largest ? random.pick<index_t>({-127, 127, 127}) : random.integer(-127, 127);
+        const index_t column = qeft::activation_column(view.weak, slot, view.in_channels);
+        x[static_cast<std::size_t>(t * view.in_channels + column)] =
+            static_cast<float>(units) / 64.0F;
+      }
+    }
+    const auto reference = qeft_test::multiply(c.layer, x, tokens);
+    qeft_test::for_each_isa([&](auto isa) {
+      INFO(isa.name << ": " << qeft_test::describe(c.layer.d));
+      CHECK(qeft_test::worst_error(product(c, x, tokens, isa), reference) < 1e-6);
+      sweep.ran();
+    });
+  });
+}
+
+TEST_CASE("int8 is within one percent for random activations, outliers in weak columns included") {
+  qeft_test::sweep sweep("instruction sets");
+  qeft_test::for_each_isa_case([&](const auto& c) {
+    qeft_test::random_source random(12);
+    auto x = qeft_test::random_activations<float>(c.layer, 6, random);
+    // Without the weak columns' share, which is exact and would hide the error.
+    for (std::size_t t = 0; t < 6; ++t) {
+      for (const std::int32_t column : c.layer.weak_columns) {
+        x[t * 357 + static_cast<std::size_t>(column)] *= 1e-6F;
+      }
+    }
+    const auto reference = qeft_test::multiply(c.layer, x, 6);
+    qeft_test::for_each_isa([&](auto isa) {
+      const double error = qeft_test::relative_error(product(c, x, 6, isa), reference.y);
+      INFO(isa.name << ": " << qeft_test::describe(c.layer.d) << ": relative error " << error);
+      CHECK(error < 0.01);
+      CHECK(error > 1e-4);  // it does round
+      sweep.ran();
+    });
+  });
+}
+
+TEST_CASE("int8 takes zero, tiny and huge activations") {
+  const qeft_test::isa_case<qeft::quant_format<4>> c(40, 64, 13);
+  qeft_test::for_each_isa([&](auto isa) {
+    for (const float size : {0.0F, 1e-44F, 1e-38F, 1e30F}) {
+      INFO(isa.name << ": " << size);
+      const std::vector<float> x(357, size);
+      const auto y = product(c, x, 1, isa);
+      const auto reference = qeft_test::multiply(c.layer, x, 1);
+      for (std::size_t n = 0; n < y.size(); ++n) {
+        // Activations below the normal range may count as zero.
+        const double error = std::abs(static_cast<double>(y[n]) - reference.y[n]);
+        CHECK(error <= 1e-6 * reference.magnitude[n] + 1e-35);
+      }
+    }
+  });
+}

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// The streamed Hessian against its definition in double.
+#include "qeft/solver/hessian.hpp"
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <utility>
+#include <vector>
+
+#include "support/catch.hpp"
+
+namespace {
+
+using qeft::index_t;
+using qeft::on_host;
+using qeft::solver::hessian_accumulator;
+
+std::vector<float> make_activations(index_t tokens, index_t ic) {
+  std::mt19937 rng(21);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(static_cast<std::size_t>(tokens * ic));
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    x[i] = normal(rng) * (i % static_cast<std::size_t>(ic) == 1 ? 60.0F : 1.0F);
+  }
+  return x;
+}
+
+qeft::host_buffer<float> hessian_of(const on_host& exec, const std::vector<float>& x, index_t ic,
+                                    const std::vector<index_t>& samples) {
+  hessian_accumulator h(ic);
+  index_t at = 0;
+  for (const index_t tokens : samples) {
+    h.add(exec, x.data() + at * ic, tokens);
+    at += tokens;
+  }
+  return std::move(h).finish();
+}
+
+}  // namespace
+
+TEST_CASE("H = 2 X X^T / tokens") {
+  const on_host exec(2);
+  for (const index_t ic : {1, 5, 192, 193, 400}) {
+    const index_t tokens = 70;
+    const auto x = make_activations(tokens, ic);
+    hessian_accumulator accumulator(ic);
+    CHECK(accumulator.diagonal() == std::vector<double>(static_cast<std::size_t>(ic), 0.0));
+    accumulator.add(exec, x.data(), 30);
+    accumulator.add(exec, x.data() + 30 * ic, 40);
+    CHECK(accumulator.tokens() == tokens);
+    const auto diagonal = accumulator.diagonal();
+    const auto h = std::move(accumulator).finish();
+    for (index_t r = 0; r < ic; ++r) {
+      for (index_t c = 0; c < ic; ++c) {
+        double sum = 0.0;
+        double size = 0.0;
+        for (index_t t = 0; t < tokens; ++t) {
+          const double product = static_cast<double>(x[static_cast<std::size_t>(t * ic + r)]) *
+                                 static_cast<double>(x[static_cast<std::size_t>(t * ic + c)]);
+          sum += product;
+          size += std::abs(product);
+        }
+        const auto got = static_cast<double>(h[static_cast<std::size_t>(r * ic + c)]);
+        REQUIRE(std::abs(got - 2.0 * sum / 70.0) <= 1e-6 * 2.0 * size / 70.0);
+        REQUIRE(got == static_cast<double>(h[static_cast<std::size_t>(c * ic + r)]));
+      }
+      REQUIRE(diagonal[static_cast<std::size_t>(r)] ==
+              Approx(static_cast<double>(h[static_cast<std::size_t>(r * (ic + 1))])));
+    }
+  }
+}
+
+TEST_CASE("H does not depend on the number of threads, bit for bit") {
+  const index_t ic = 500;
+  const auto x = make_activations(90, ic);
+  const auto one = hessian_of(on_host(1), x, ic, {64, 26});
+  for (const int threads : {2, 3, 7}) {
+    const auto many = hessian_of(on_host(threads), x, ic, {64, 26});
+    CHECK(std::memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0);
+  }
+}
+
+TEST_CASE("H does not depend on how tokens are cut into samples") {
+  const index_t ic = 40;
+  const auto x = make_activations(60, ic);
+  const auto whole = hessian_of(on_host(1), x, ic, {60});
+  const auto pieces = hessian_of(on_host(1), x, ic, {1, 0, 20, 39});
+  for (std::size_t i = 0; i < whole.size(); ++i) {
+    REQUIRE(pieces[i] == Approx(whole[i]).epsilon(1e-5).margin(1e-4));
+  }
+}
+
+TEST_CASE("no tokens give a zero Hessian") {
+  const auto h = std::move(hessian_accumulator(3)).finish();
+  CHECK(h == qeft::host_buffer<float>(9, 0.0F));
+}
+
+TEST_CASE("activations that are not finite are refused and leave the sum unchanged") {
+  const on_host exec(2);
+  const index_t ic = 30;
+  auto x = make_activations(50, ic);
+  hessian_accumulator h(ic);
+  h.add(exec, x.data(), 50);
+  const auto before = h.diagonal();
+  for (const float bad : {std::nanf(""), INFINITY, -INFINITY}) {
+    auto broken = x;
+    broken[17 * 30 + 4] = bad;
+    broken[40 * 30] = bad;
+    try {
+      h.add(exec, broken.data(), 50);
+      FAIL("accepted");
+    } catch (const qeft::error& e) {
+      CHECK(e.code() == qeft::errc::not_finite);
+      CHECK(std::string(e.what()).find("row 17, column 4") != std::string::npos);
+    }
+  }
+  CHECK(h.diagonal() == before);
+  CHECK(h.tokens() == 50);
+}
+
+TEST_CASE("a Hessian that overflows FP32 is refused") {
+  const std::vector<float> x{1e30F, 1.0F};
+  hessian_accumulator h(2);
+  h.add(on_host(1), x.data(), 1);
+  CHECK_THROWS_AS(std::move(h).finish(), qeft::error);
+  CHECK_THROWS_AS(hessian_accumulator(0), qeft::error);
+}
