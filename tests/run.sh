@@ -4,14 +4,15 @@
 #   tests/run.sh [gcc] [clang] [sanitize]        all three by default
 # gcc is C++17 with CUDA when nvcc is found, clang is C++20, sanitize is g++ with ASan and UBSan.
 # Builds go to build/ (QEFT_BUILD_DIR); data of the tests of examples/llm to build/test-data
-# (QEFT_TEST_DATA). QEFT_TORCH_PYTHON is a python with torch and transformers. The last line is `N passed, N failed, N skipped`.
+# (QEFT_TEST_DATA), some of it made by a python with torch and transformers (QEFT_TORCH_PYTHON).
+# The last line is `N passed, N failed, N skipped`.
 set -u
 exec </dev/null
 cd "$(dirname "$0")/.." || exit 1
 source cmake/install_packages.sh
 
 case "${1-}" in
-  -h | --help) sed -n '3,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
+  -h | --help) sed -n '3,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
 esac
 configurations=("$@")
 [ $# -gt 0 ] || configurations=(gcc clang sanitize)

@@ -291,7 +291,10 @@ TEST_CASE("quantised layers of every placement run in the decoder", "[llm]") {
 TEST_CASE("a sequence gives the same bits however it is cut and however many threads", "[llm]") {
   for (const index_t window : {0, 21}) {
     const random_model m(
-        tiny({{"model_type", "mistral"}, {"sliding_window", window}, {"head_dim", 40}}), 3);
+        tiny({{"model_type", "mistral"},
+              {"sliding_window", window == 0 ? json(nullptr) : json(window)},
+              {"head_dim", 40}}),
+        3);
     const std::vector<int> tokens = m.tokens(70);
     const std::vector<float> whole = logits_in_pieces(m.model(1), tokens, {70});
     const auto same = [&](int threads, const std::vector<index_t>& pieces) {
