@@ -4,6 +4,7 @@
 #pragma once
 
 #include "qeft/container/matrix_descriptor.hpp"
+#include "qeft/container/pack.hpp"
 #include "qeft/container/quantized_matrix.hpp"
 #include "qeft/container/quantized_matrix_view.hpp"
 #include "qeft/container/repack.hpp"

@@ -61,7 +61,9 @@ json small_document() {
         {"unk_token", nullptr},
         {"vocab", vocab},
         {"merges",
-         {merge("b", "c"), merge("a", "b"), merge("a", "bc"), merge("a", "a"), merge("Ġ", "a")}}}}};
+         // A plain list of pairs of strings would become an object.
+         json::array({merge("b", "c"), merge("a", "b"), merge("a", "bc"), merge("a", "a"),
+                      merge("Ġ", "a")})}}}};
 }
 
 tokenizer from(const json& document) { return tokenizer::from_json(document.dump(), "tiny"); }
