@@ -27,6 +27,14 @@
 #define QEFT_ALWAYS_INLINE inline
 #endif
 
+// Goes behind the parameters of a lambda: accumulators stay in registers only where every lambda of
+// an unrolled loop is inlined, which compilers do not do on their own.
+#if defined(__GNUC__) || defined(__clang__)
+#define QEFT_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define QEFT_INLINE_LAMBDA
+#endif
+
 // Instruction sets the CPU executors may use in this translation unit. nvcc's host pass is left to
 // the portable code: its front end rejects parts of the compilers' intrinsic headers.
 #if !defined(__CUDACC__)
@@ -41,7 +49,8 @@
 #endif
 #endif
 
-// std::fma is one instruction. Where it is not, no compiler fuses multiplications and additions either.
+// std::fma is one instruction. Where it is not, no compiler fuses multiplications and additions
+// either.
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__FP_FAST_FMAF)
 #define QEFT_HAS_FMA 1
 #endif

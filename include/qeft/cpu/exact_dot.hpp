@@ -42,15 +42,15 @@ void dot_codes(const std::uint32_t* const* codes, index_t column_tiles, const fl
   constexpr index_t tile_words = layout::simd_tile::tile_words<Bits>();
 
   array<typename Isa::floats, vectors> sum;
-  unroll<vectors>([&](auto v) { sum[v] = Isa::zero(); });
+  unroll<vectors>([&](auto v) QEFT_INLINE_LAMBDA { sum[v] = Isa::zero(); });
   for (index_t t = 0; t < column_tiles; ++t, x += tile_columns) {
     for (int i = 0; i < Tiles; ++i) prefetch_tile<Isa>(codes[i] + t * tile_words, tile_words);
     // Words that interleave their columns (3 bits) are taken in pairs.
     constexpr int block = Bits == 3 ? 2 : 1;
-    unroll<fields::words / block>([&](auto b) {
+    unroll<fields::words / block>([&](auto b) QEFT_INLINE_LAMBDA {
       array<array<typename Isa::words, vectors>, block> word;
-      unroll<block>([&](auto i) {
-        unroll<vectors>([&](auto v) {
+      unroll<block>([&](auto i) QEFT_INLINE_LAMBDA {
+        unroll<vectors>([&](auto v) QEFT_INLINE_LAMBDA {
           const std::uint32_t* row =
               codes[v / per_tile] + t * tile_words + v % per_tile * Isa::lanes;
           constexpr int w = b * block + i;
@@ -59,10 +59,10 @@ void dot_codes(const std::uint32_t* const* codes, index_t column_tiles, const fl
         });
       });
       constexpr int block_columns = block * fields::per_word;
-      unroll<block_columns>([&](auto i) {
+      unroll<block_columns>([&](auto i) QEFT_INLINE_LAMBDA {
         constexpr int column = b * block_columns + i;
         const auto xc = Isa::broadcast(x + column);
-        unroll<vectors>([&](auto v) {
+        unroll<vectors>([&](auto v) QEFT_INLINE_LAMBDA {
           const auto code =
               fields::template isolate<column>(word[fields::locate(column).word % block][v]);
           sum[v] = Isa::fma(Isa::to_floats(code), xc, sum[v]);
@@ -70,7 +70,7 @@ void dot_codes(const std::uint32_t* const* codes, index_t column_tiles, const fl
       });
     });
   }
-  unroll<vectors>([&](auto v) { Isa::store(acc + v * Isa::lanes, sum[v]); });
+  unroll<vectors>([&](auto v) QEFT_INLINE_LAMBDA { Isa::store(acc + v * Isa::lanes, sum[v]); });
 }
 
 /// acc(Tiles, 32) = weak values * x over `columns` columns.
@@ -80,16 +80,16 @@ void dot_weak(const Scalar* const* values, index_t columns, const float* x, floa
   constexpr int vectors = Tiles * per_tile;
 
   array<typename Isa::floats, vectors> sum;
-  unroll<vectors>([&](auto v) { sum[v] = Isa::zero(); });
+  unroll<vectors>([&](auto v) QEFT_INLINE_LAMBDA { sum[v] = Isa::zero(); });
   for (index_t c = 0; c < columns; ++c) {
     const auto xc = Isa::broadcast(x + c);
     for (int i = 0; i < Tiles; ++i) Isa::prefetch(values[i] + c * tile_rows + prefetch_bytes / 2);
-    unroll<vectors>([&](auto v) {
+    unroll<vectors>([&](auto v) QEFT_INLINE_LAMBDA {
       const auto w = Isa::load(values[v / per_tile] + c * tile_rows + v % per_tile * Isa::lanes);
       sum[v] = Isa::fma(w, xc, sum[v]);
     });
   }
-  unroll<vectors>([&](auto v) { Isa::store(acc + v * Isa::lanes, sum[v]); });
+  unroll<vectors>([&](auto v) QEFT_INLINE_LAMBDA { Isa::store(acc + v * Isa::lanes, sum[v]); });
 }
 
 /// panel(32 * column_tiles, 32 rows) = the codes of one row tile, times 2^exponent(c % 32).
@@ -99,11 +99,11 @@ void decode_panel(const std::uint32_t* codes, index_t column_tiles, float* panel
   for (index_t t = 0; t < column_tiles; ++t) {
     prefetch_tile<Isa>(codes, layout::simd_tile::tile_words<Bits>());
     for (index_t row = 0; row < tile_rows; row += Isa::lanes) {
-      unroll<fields::words>([&](auto w) {
+      unroll<fields::words>([&](auto w) QEFT_INLINE_LAMBDA {
         const auto word =
             fields::template join<w>(Isa::load(codes + fields::low_word(w) * tile_rows + row),
                                      Isa::load(codes + fields::high_word(w) * tile_rows + row));
-        unroll<fields::per_word>([&](auto f) {
+        unroll<fields::per_word>([&](auto f) QEFT_INLINE_LAMBDA {
           constexpr int column = fields::column(w, f);
           Isa::store(panel + column * tile_rows + row,
                      Isa::to_floats(fields::template isolate<column>(word)));
@@ -131,19 +131,19 @@ void multiply_panel_block(const float* panel, index_t columns, const float* x, f
   // Two vectors of rows by up to Isa::tokens tokens fill the register file with accumulators.
   for (index_t row = 0; row < tile_rows; row += 2 * Isa::lanes) {
     array<array<typename Isa::floats, Tokens>, 2> sum;
-    unroll<Tokens>([&](auto t) { sum[0][t] = sum[1][t] = Isa::zero(); });
+    unroll<Tokens>([&](auto t) QEFT_INLINE_LAMBDA { sum[0][t] = sum[1][t] = Isa::zero(); });
     const float* w = panel + row;
     const float* xc = x;
     for (index_t c = 0; c < columns; ++c, w += tile_rows, xc += Tokens) {
       const auto w0 = Isa::load(w);
       const auto w1 = Isa::load(w + Isa::lanes);
-      unroll<Tokens>([&](auto t) {
+      unroll<Tokens>([&](auto t) QEFT_INLINE_LAMBDA {
         const auto xt = Isa::broadcast(xc + t);
         sum[0][t] = Isa::fma(w0, xt, sum[0][t]);
         sum[1][t] = Isa::fma(w1, xt, sum[1][t]);
       });
     }
-    unroll<Tokens>([&](auto t) {
+    unroll<Tokens>([&](auto t) QEFT_INLINE_LAMBDA {
       Isa::store(acc + t * tile_rows + row, sum[0][t]);
       Isa::store(acc + t * tile_rows + row + Isa::lanes, sum[1][t]);
     });
@@ -154,7 +154,7 @@ void multiply_panel_block(const float* panel, index_t columns, const float* x, f
 template <class Isa>
 void multiply_panel(const float* panel, index_t columns, const float* x, index_t tokens,
                     float* acc) {
-  unroll<Isa::tokens>([&](auto i) {
+  unroll<Isa::tokens>([&](auto i) QEFT_INLINE_LAMBDA {
     if (tokens == i + 1) multiply_panel_block<Isa, i + 1>(panel, columns, x, acc);
   });
 }

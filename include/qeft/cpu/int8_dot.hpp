@@ -27,14 +27,14 @@ void dot_codes_int8(const std::uint32_t* const* codes, index_t column_tiles, con
   constexpr index_t tile_words = layout::simd_tile::tile_words<Bits>();
 
   array<typename Isa::words, Tiles * per_tile> sum;
-  unroll<Tiles * per_tile>([&](auto v) { sum[v] = Isa::zero_words(); });
+  unroll<Tiles * per_tile>([&](auto v) QEFT_INLINE_LAMBDA { sum[v] = Isa::zero_words(); });
   for (index_t t = 0; t < column_tiles; ++t, x += tile_columns) {
     for (int i = 0; i < Tiles; ++i) prefetch_tile<Isa>(codes[i] + t * tile_words, tile_words);
-    unroll<Tiles * per_tile>([&](auto v) {
+    unroll<Tiles * per_tile>([&](auto v) QEFT_INLINE_LAMBDA {
       const std::uint32_t* row = codes[v / per_tile] + t * tile_words + v % per_tile * Isa::lanes;
-      unroll<fields::halves>([&](auto half) {
+      unroll<fields::halves>([&](auto half) QEFT_INLINE_LAMBDA {
         auto bytes = Isa::zero_sums();
-        unroll<fields::quads>([&](auto q) {
+        unroll<fields::quads>([&](auto q) QEFT_INLINE_LAMBDA {
           constexpr int w = fields::quad_word(q);
           const auto word =
               fields::template join<w>(Isa::load(row + fields::low_word(w) * tile_rows),
@@ -48,7 +48,7 @@ void dot_codes_int8(const std::uint32_t* const* codes, index_t column_tiles, con
     });
   }
   unroll<Tiles * per_tile>(
-      [&](auto v) { Isa::store(acc + v * Isa::lanes, Isa::to_floats(sum[v])); });
+      [&](auto v) QEFT_INLINE_LAMBDA { Isa::store(acc + v * Isa::lanes, Isa::to_floats(sum[v])); });
 }
 
 /// panel(column_tiles, halves, 8 quads, 32 rows) = the codes of one row tile as words of four
@@ -59,12 +59,12 @@ void decode_panel_int8(const std::uint32_t* codes, index_t column_tiles, std::ui
   for (index_t t = 0; t < column_tiles; ++t) {
     prefetch_tile<Isa>(codes, layout::simd_tile::tile_words<Bits>());
     for (index_t row = 0; row < tile_rows; row += Isa::lanes) {
-      unroll<fields::quads>([&](auto q) {
+      unroll<fields::quads>([&](auto q) QEFT_INLINE_LAMBDA {
         constexpr int w = fields::quad_word(q);
         const auto word =
             fields::template join<w>(Isa::load(codes + fields::low_word(w) * tile_rows + row),
                                      Isa::load(codes + fields::high_word(w) * tile_rows + row));
-        unroll<fields::halves>([&](auto half) {
+        unroll<fields::halves>([&](auto half) QEFT_INLINE_LAMBDA {
           Isa::store(panel + (half * fields::quads + q) * tile_rows + row,
                      fields::template isolate_quad<q, half>(word));
         });
@@ -89,24 +89,24 @@ void multiply_panel_int8_block(const std::uint32_t* panel, index_t column_tiles,
     for (index_t t = 0; t < column_tiles; ++t, xt += quads * Tokens * 4) {
       for (int half = 0; half < Halves; ++half) {
         array<typename Isa::byte_sums, 2 * Tokens> bytes;
-        unroll<2 * Tokens>([&](auto i) { bytes[i] = Isa::zero_sums(); });
+        unroll<2 * Tokens>([&](auto i) QEFT_INLINE_LAMBDA { bytes[i] = Isa::zero_sums(); });
         for (int q = 0; q < quads; ++q, w += tile_rows) {
           const auto w0 = Isa::load(w);
           const auto w1 = Isa::load(w + Isa::lanes);
-          unroll<Tokens>([&](auto i) {
+          unroll<Tokens>([&](auto i) QEFT_INLINE_LAMBDA {
             const auto xq = Isa::broadcast(xt + (q * Tokens + i) * 4);
             bytes[2 * i] = Isa::multiply_add(bytes[2 * i], w0, xq);
             bytes[2 * i + 1] = Isa::multiply_add(bytes[2 * i + 1], w1, xq);
           });
         }
-        unroll<2 * Tokens>([&](auto i) {
+        unroll<2 * Tokens>([&](auto i) QEFT_INLINE_LAMBDA {
           const auto products = Isa::widen(bytes[i]);
           std::uint32_t* s = sum + i * Isa::lanes;
           Isa::store(s, Isa::load(s) + (half == 0 ? products : products << 4));
         });
       }
     }
-    unroll<2 * Tokens>([&](auto i) {
+    unroll<2 * Tokens>([&](auto i) QEFT_INLINE_LAMBDA {
       Isa::store(acc + i / 2 * tile_rows + row + i % 2 * Isa::lanes,
                  Isa::to_floats(Isa::load(sum + i * Isa::lanes)));
     });
@@ -117,7 +117,7 @@ void multiply_panel_int8_block(const std::uint32_t* panel, index_t column_tiles,
 template <int Halves, class Isa>
 void multiply_panel_int8(const std::uint32_t* panel, index_t column_tiles, const std::int8_t* x,
                          index_t tokens, float* acc) {
-  unroll<Isa::tokens>([&](auto i) {
+  unroll<Isa::tokens>([&](auto i) QEFT_INLINE_LAMBDA {
     if (tokens == i + 1) {
       multiply_panel_int8_block<Halves, Isa, i + 1>(panel, column_tiles, x, acc);
     }
