@@ -86,8 +86,11 @@ def random_model(config, out):
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter += 0.2 * torch.randn_like(parameter)
-    model = model.half()
-    model.save_pretrained(out / "model")
+    model.half().save_pretrained(out / "model")
+    # half() has also rounded the frequencies of the rotary embedding: read the weights back.
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        out / "model", dtype=torch.float16, attn_implementation="eager"
+    )
     tokens = torch.randint(config.vocab_size, (256,)).tolist()
     write_reference(model, tokens, tokens[:20], out / "reference.safetensors")
 

@@ -38,7 +38,8 @@ struct weak_none : detail::weak_count<0> {
   static constexpr weak_kind kind = weak_kind::none;
 
   QEFT_HOST_DEVICE constexpr index_t dense_column(index_t i, index_t) const noexcept { return i; }
-  QEFT_HOST_DEVICE constexpr index_t weak_column(index_t, index_t) const noexcept { return -1; }
+  /// Never called, as there is no j.
+  QEFT_HOST_DEVICE constexpr index_t weak_column(index_t j, index_t) const noexcept { return j; }
   QEFT_HOST_DEVICE constexpr column_location locate(index_t column, index_t) const noexcept {
     return {false, column};
   }
