@@ -72,7 +72,7 @@ build_and_test() {
 prepare_data() {
   local data=$QEFT_TEST_DATA python=$QEFT_TEST_DATA/venv/bin/python reference=${QEFT_TORCH_PYTHON:-python3}
   mkdir -p "$data"
-  if [ ! -f "$data/tokenizer/options.cases.json" ] || [ ! -f "$data/text/heldout.txt" ]; then
+  if [ ! -f "$data/tokenizer/normalized.cases.json" ] || [ ! -f "$data/text/heldout.txt" ]; then
     { [ -f "$data/venv/ready" ] || { python3 -m venv "$data/venv" && timeout 240 "$data/venv/bin/pip" \
         install -q --disable-pip-version-check --timeout 15 --retries 1 \
         -r examples/llm/prepare/requirements.txt && touch "$data/venv/ready"; }; } &&

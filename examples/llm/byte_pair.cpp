@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "byte_pair.hpp"
 
+#include <algorithm>
+#include <charconv>
 #include <queue>
 
 #include "utf8.hpp"
@@ -59,6 +61,11 @@ struct candidate {
 
 }  // namespace
 
+byte_pair_model::letter byte_pair_model::letter_at(std::string_view word, std::size_t at) const {
+  if (by_bytes) return {static_cast<unsigned char>(word[at]), 1};
+  return {code_point_at(word, at), static_cast<std::size_t>(character_length(word.substr(at)))};
+}
+
 void byte_pair_model::encode(std::string_view word, std::vector<int>& ids) const {
   if (!whole_words.empty()) {
     const auto found = whole_words.find(std::string(word));
@@ -66,17 +73,30 @@ void byte_pair_model::encode(std::string_view word, std::vector<int>& ids) const
   }
 
   symbol_list symbols;
-  bool after_unknown = false;
-  for (const char c : word) {
-    const int id = byte_id[static_cast<unsigned char>(c)];
-    const bool unknown = id < 0;
-    if (!unknown) {
-      symbols.push_back(id);
-    } else if (unknown_id && !(fuse_unknown && after_unknown)) {
-      symbols.push_back(*unknown_id);
+  // An unknown token is put when a letter with a token follows: spelt letters overtake it and do
+  // not end a run, as in `tokenizers`.
+  bool unknown = false;
+  const auto put_unknown = [&] {
+    if (unknown) symbols.push_back(*unknown_id);
+    unknown = false;
+  };
+  const auto byte_at = [&](char c) { return byte_id[static_cast<unsigned char>(c)]; };
+  for (std::size_t at = 0, length = 0; at < word.size(); at += length) {
+    const letter next = letter_at(word, at);
+    length = next.length;
+    const std::string_view bytes = word.substr(at, length);
+    const auto found = letter_id.find(next.value);
+    if (found != letter_id.end()) {
+      put_unknown();
+      symbols.push_back(found->second);
+    } else if (std::all_of(bytes.begin(), bytes.end(), [&](char c) { return byte_at(c) >= 0; })) {
+      for (const char c : bytes) symbols.push_back(byte_at(c));
+    } else if (unknown_id) {
+      if (!fuse_unknown) put_unknown();
+      unknown = true;
     }
-    after_unknown = unknown;
   }
+  put_unknown();
   if (symbols.empty()) return;
 
   std::priority_queue<candidate> queue;
@@ -128,6 +148,20 @@ std::optional<std::string> bytes_of_token(std::string_view token) {
     at += static_cast<std::size_t>(length);
   }
   return bytes;
+}
+
+std::string byte_token(unsigned char byte) {
+  constexpr std::string_view digits = "0123456789ABCDEF";
+  return std::string("<0x") + digits[byte / 16] + digits[byte % 16] + '>';
+}
+
+std::optional<unsigned char> byte_of_token(std::string_view token) {
+  if (token.size() != 6 || token.substr(0, 3) != "<0x" || token.back() != '>') return std::nullopt;
+  unsigned char byte = 0;
+  const char* end = token.data() + 5;
+  const auto [read, error] = std::from_chars(token.data() + 3, end, byte, 16);
+  if (error != std::errc() || read != end) return std::nullopt;
+  return byte;
 }
 
 }  // namespace qeft_llm

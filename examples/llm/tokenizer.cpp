@@ -8,6 +8,7 @@
 #include <cstring>
 #include <deque>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -104,25 +105,81 @@ class added_token_set {
   std::array<std::vector<std::size_t>, 256> by_first_byte_;  // longest first
 };
 
+/// One step of the normalizer.
+using normalizer = std::function<std::string(std::string_view)>;
+
+/// Which pieces get a space in front if they have none: none, that at the start of the text, all.
+enum class prepend_scheme { never, first, always };
+
 /// One step of the pre-tokenizer, applied to every piece that the step before left.
 struct splitter {
   regex pattern;
   bool keep_matches = true;
   bool keep_others = true;
-  bool add_prefix_space = false;
+  prepend_scheme prepend = prepend_scheme::never;
+  std::string space = " ";  // how spaces are written from here on
 };
+
+// A piece stays whole: a match of everything.
+constexpr const char* whole_pattern = R"([\s\S]+)";
+
+/// How tokens become text.
+struct decoding {
+  struct replacement {
+    std::string from;
+    std::string to;
+    std::string to_if_first;  // in the first token
+  };
+  bool byte_level = false;                // tokens are in the alphabet of GPT-2
+  std::vector<replacement> replacements;  // in every token, one behind the other
+  bool byte_fallback = false;             // byte tokens become bytes
+  std::string strip;                      // a character, taken off the start of the text ...
+  std::size_t strip_limit = 0;            // ... as often as it is there, but not more often
+};
+
+/// What a token adds to the text.
+struct token_text {
+  std::string bytes;
+  bool is_byte = false;  // a byte token
+};
+
+/// What there is to know of an id.
+struct token_entry {
+  token_text text;
+  bool used = false;  // not a gap between the ids
+  bool special = false;
+};
+
+/// Every occurrence of `from` replaced, from the left. @pre from is not empty
+std::string replaced(std::string_view text, std::string_view from, std::string_view to) {
+  std::string out;
+  std::size_t done = 0;
+  for (std::size_t at; (at = text.find(from, done)) != std::string_view::npos;) {
+    out.append(text.substr(done, at - done)).append(to);
+    done = at + from.size();
+  }
+  return out.append(text.substr(done));
+}
+
+void check_size(std::string_view text) {
+  if (text.size() > static_cast<std::size_t>(std::numeric_limits<int>::max())) {
+    fail(errc::invalid_argument, "tokenizer::encode: the text has " + std::to_string(text.size()) +
+                                     " bytes, but must have fewer than 2^31");
+  }
+}
 
 }  // namespace
 
 struct tokenizer_tables {
-  std::unordered_map<std::string, int> ids;  // by token, as written in the file
-  std::vector<std::string> bytes;            // of each id; empty for an unused one
-  std::vector<bool> special;                 // of each id
-  added_token_set added;                     // found before normalisation
-  added_token_set added_normalized;          // found after it
-  std::vector<normal_form> normalizers;
+  std::unordered_map<std::string, int> ids;        // by token, as written in the file
+  std::vector<token_entry> tokens;                 // by id
+  std::unordered_map<int, token_text> first_text;  // of tokens that differ when they come first
+  added_token_set added;                           // found before normalisation
+  added_token_set added_normalized;                // found after it
+  std::vector<normalizer> normalizers;
   std::vector<splitter> splitters;
   byte_pair_model model;
+  decoding decoder;
   std::vector<int> prefix;
 };
 
@@ -136,12 +193,13 @@ class encoder {
   }
 
   std::vector<int> run(std::string_view text, bool parse_special) {
+    start_ = text.data();
     const auto emit = [&](const added_token& token) { ids_.push_back(token.id); };
     const auto words = [&](std::string_view part) { encode_plain(part); };
     t_.added.split(
         text, parse_special,
         [&](std::string_view part) {
-          for (const normal_form form : t_.normalizers) part = keep(normalized(part, form));
+          for (const normalizer& step : t_.normalizers) part = keep(step(part));
           t_.added_normalized.split(part, parse_special, words, emit);
         },
         emit);
@@ -150,7 +208,10 @@ class encoder {
 
  private:
   /// The cache refers to the text, so what is made on the way stays until the end.
-  std::string_view keep(std::string s) { return kept_.emplace_back(std::move(s)); }
+  std::string_view keep(std::string s) {
+    check_size(s);
+    return kept_.emplace_back(std::move(s));
+  }
 
   void encode_plain(std::string_view text) {
     pieces_.assign(1, text);
@@ -165,7 +226,14 @@ class encoder {
   }
 
   void split_piece(const splitter& s, regex::matcher& matcher, std::string_view piece) {
-    if (s.add_prefix_space && piece[0] != ' ') piece = keep(" " + std::string(piece));
+    const bool is_first = piece.data() == start_;
+    if (s.space != " ") piece = keep(replaced(piece, " ", s.space));
+    const bool prepend =
+        s.prepend == prepend_scheme::always || (s.prepend == prepend_scheme::first && is_first);
+    if (prepend && piece.substr(0, s.space.size()) != s.space) {
+      piece = keep(s.space + std::string(piece));
+    }
+    if (is_first) start_ = piece.data();
     const auto put = [&](bool wanted, std::size_t begin, std::size_t end) {
       if (wanted && begin < end) finer_.push_back(piece.substr(begin, end - begin));
     };
@@ -191,6 +259,7 @@ class encoder {
   const tokenizer_tables& t_;
   std::vector<regex::matcher> matchers_;
   std::deque<std::string> kept_;
+  const char* start_ = nullptr;  // of the text, or what the pre-tokenizer made of it
   std::vector<std::string_view> pieces_;
   std::vector<std::string_view> finer_;
   std::unordered_map<std::string_view, std::pair<std::size_t, std::size_t>> cache_;  // in cached_
@@ -201,25 +270,23 @@ class encoder {
 }  // namespace
 
 std::vector<int> tokenizer::encode(std::string_view utf8, bool parse_special) const {
-  if (utf8.size() > static_cast<std::size_t>(std::numeric_limits<int>::max())) {
-    fail(errc::invalid_argument, "tokenizer::encode: the text has " + std::to_string(utf8.size()) +
-                                     " bytes, but must have fewer than 2^31");
-  }
+  check_size(utf8);
   const std::string text = well_formed(utf8);
   return encoder(*tables_).run(text, parse_special);
 }
 
 std::string tokenizer::decode(const std::vector<int>& ids, bool skip_special) const {
+  streaming_decoder decoder(*this);
   std::string out;
   for (const int id : ids) {
-    if (!(skip_special && is_special(id))) out += bytes_of(id);
+    if (!(skip_special && is_special(id))) out += decoder.next(id);
   }
-  return well_formed(out);
+  return out + decoder.finish();
 }
 
 std::string_view tokenizer::bytes_of(int id) const noexcept {
   if (id < 0 || id >= vocab_size()) return {};
-  return tables_->bytes[static_cast<std::size_t>(id)];
+  return tables_->tokens[static_cast<std::size_t>(id)].text.bytes;
 }
 
 const std::vector<int>& tokenizer::prefix() const noexcept { return tables_->prefix; }
@@ -230,10 +297,10 @@ std::optional<int> tokenizer::id_of(const std::string& token) const {
 }
 
 bool tokenizer::is_special(int id) const noexcept {
-  return id >= 0 && id < vocab_size() && tables_->special[static_cast<std::size_t>(id)];
+  return id >= 0 && id < vocab_size() && tables_->tokens[static_cast<std::size_t>(id)].special;
 }
 
-int tokenizer::vocab_size() const noexcept { return static_cast<int>(tables_->bytes.size()); }
+int tokenizer::vocab_size() const noexcept { return static_cast<int>(tables_->tokens.size()); }
 
 // ---- Reading tokenizer.json ---------------------------------------------------------------------
 
@@ -246,13 +313,14 @@ class reader {
       : document_(document), where_(where), t_(t) {}
 
   void run() {
-    read_vocabulary();
-    read_merges();
+    if (!document_.is_object()) corrupt("not a JSON object");
     read_normalizer();
-    read_added_tokens();  // some are normalised
     read_pre_tokenizer();
-    read_post_processor();
     read_decoder();
+    read_vocabulary();  // whose tokens mean what the pre-tokenizer and the decoder take them for
+    read_merges();
+    read_added_tokens();  // some are normalised
+    read_post_processor();
   }
 
  private:
@@ -293,7 +361,6 @@ class reader {
     if (const auto type = optional_value<std::string>(model(), "type", "BPE"); type != "BPE") {
       refuse("model " + type);
     }
-    if (optional_value(model(), "byte_fallback", false)) refuse("model option byte_fallback");
     if (optional_value(model(), "dropout", 0.0) != 0.0) refuse("model option dropout");
     for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
       if (!optional_value<std::string>(model(), key, "").empty()) {
@@ -309,14 +376,21 @@ class reader {
     model_ids_ = t_.ids;
 
     const bool ignore_merges = optional_value(model(), "ignore_merges", false);
-    t_.model.byte_id.fill(-1);
     for (const auto& [token, id] : model_ids_) {
-      auto bytes = bytes_of_token(token);
-      if (bytes && bytes->size() == 1) {
-        t_.model.byte_id[static_cast<unsigned char>(bytes->front())] = id;
+      const auto word = t_.model.by_bytes ? bytes_of_token(token) : token;
+      if (word && !word->empty()) {
+        const auto letter = t_.model.letter_at(*word, 0);
+        if (letter.length == word->size()) t_.model.letter_id[letter.value] = id;
+        if (ignore_merges) t_.model.whole_words.emplace(*word, id);
       }
-      if (bytes && ignore_merges) t_.model.whole_words.emplace(*bytes, id);
-      t_.bytes[static_cast<std::size_t>(id)] = bytes ? std::move(*bytes) : token;
+      set_text(id, token);
+    }
+    if (optional_value(model(), "byte_fallback", false)) {
+      if (t_.model.by_bytes) refuse("model option byte_fallback with pre-tokenizer ByteLevel");
+      for (std::size_t b = 0; b < 256; ++b) {
+        const auto found = model_ids_.find(byte_token(static_cast<unsigned char>(b)));
+        if (found != model_ids_.end()) t_.model.byte_id[b] = found->second;
+      }
     }
 
     const auto unknown = optional_value<std::string>(model(), "unk_token", "");
@@ -331,14 +405,31 @@ class reader {
               std::to_string(id_limit_) + ")");
     }
     const auto at = static_cast<std::size_t>(id);
-    if (at >= t_.bytes.size()) {
-      t_.bytes.resize(at + 1);
-      t_.special.resize(at + 1);
-      taken_.resize(at + 1);
+    if (at >= t_.tokens.size()) t_.tokens.resize(at + 1);
+    if (t_.tokens[at].used) {
+      corrupt("token " + token + " has id " + std::to_string(id) + " of another");
     }
-    if (taken_[at]) corrupt("token " + token + " has id " + std::to_string(id) + " of another");
-    taken_[at] = true;
+    t_.tokens[at].used = true;
     t_.ids.emplace(token, static_cast<int>(id));
+  }
+
+  void set_text(int id, const std::string& token) {
+    token_text text = text_of(token, /*is_first=*/false);
+    token_text first = text_of(token, /*is_first=*/true);
+    t_.first_text.erase(id);
+    if (first.bytes != text.bytes) t_.first_text.emplace(id, std::move(first));
+    t_.tokens[static_cast<std::size_t>(id)].text = std::move(text);
+  }
+
+  token_text text_of(const std::string& token, bool is_first) const {
+    if (t_.decoder.byte_level) return {bytes_of_token(token).value_or(token)};
+    token_text text{token};
+    for (const decoding::replacement& r : t_.decoder.replacements) {
+      text.bytes = replaced(text.bytes, r.from, is_first ? r.to_if_first : r.to);
+    }
+    const auto byte = t_.decoder.byte_fallback ? byte_of_token(text.bytes) : std::nullopt;
+    if (byte) text = {std::string(1, static_cast<char>(*byte)), true};
+    return text;
   }
 
   int model_id(const std::string& token, const std::string& user) const {
@@ -374,7 +465,20 @@ class reader {
   }
 
   void read_normalizer() {
-    for_each_part("normalizer", "normalizers", [&](const json&, const std::string& type) {
+    for_each_part("normalizer", "normalizers", [&](const json& part, const std::string& type) {
+      if (type == "Prepend") {
+        const auto front = part.at("prepend").get<std::string>();
+        t_.normalizers.emplace_back([front](std::string_view text) {
+          return text.empty() ? std::string() : front + std::string(text);
+        });
+        return;
+      }
+      if (type == "Replace") {
+        t_.normalizers.emplace_back([r = read_replace(part, "normalizer")](std::string_view text) {
+          return replaced(text, r.from, r.to);
+        });
+        return;
+      }
       const std::array<std::pair<const char*, normal_form>, 4> forms{{{"NFC", normal_form::nfc},
                                                                       {"NFD", normal_form::nfd},
                                                                       {"NFKC", normal_form::nfkc},
@@ -382,8 +486,18 @@ class reader {
       const auto found = std::find_if(forms.begin(), forms.end(),
                                       [&](const auto& form) { return type == form.first; });
       if (found == forms.end()) refuse("normalizer " + type);
-      t_.normalizers.push_back(found->second);
+      t_.normalizers.emplace_back(
+          [form = found->second](std::string_view text) { return normalized(text, form); });
     });
+  }
+
+  decoding::replacement read_replace(const json& part, const std::string& component) const {
+    const json& pattern = part.at("pattern");
+    if (!pattern.contains("String")) refuse(component + " Replace with a regular expression");
+    auto from = pattern["String"].get<std::string>();
+    if (from.empty()) refuse(component + " Replace of nothing");
+    const auto to = part.at("content").get<std::string>();
+    return {std::move(from), to, to};
   }
 
   const json& added_tokens() const {
@@ -401,7 +515,6 @@ class reader {
       token.single_word = optional_value(a, "single_word", false);
       token.lstrip = optional_value(a, "lstrip", false);
       token.rstrip = optional_value(a, "rstrip", false);
-      if (token.content.empty()) corrupt("an added token is empty");
 
       const auto id = a.at("id").get<long long>();
       const auto in_model = model_ids_.find(token.content);
@@ -415,19 +528,18 @@ class reader {
       }
       token.id = static_cast<int>(id);
       const auto at = static_cast<std::size_t>(id);
-      t_.special[at] = token.special;
+      t_.tokens[at].special = token.special;
       if (token.normalized) {
-        for (const normal_form form : t_.normalizers) {
-          token.content = normalized(token.content, form);
-        }
+        for (const normalizer& step : t_.normalizers) token.content = step(token.content);
       }
-      t_.bytes[at] = bytes_of_token(token.content).value_or(token.content);
+      if (token.content.empty()) corrupt("an added token is empty");
+      set_text(token.id, token.content);
       (token.normalized ? t_.added_normalized : t_.added).add(std::move(token));
     }
   }
 
   void read_pre_tokenizer() {
-    bool byte_level = false;
+    bool& byte_level = t_.model.by_bytes;
     for_each_part("pre_tokenizer", "pretokenizers", [&](const json& part, const std::string& type) {
       if (byte_level) refuse("pre-tokenizer " + type + " behind ByteLevel");
       if (type == "Digits") {
@@ -439,16 +551,43 @@ class reader {
         byte_level = true;
         const bool use_regex = optional_value(part, "use_regex", true);
         const bool prefix_space = optional_value(part, "add_prefix_space", true);
-        // Without its pattern a piece stays whole: a match of everything.
         if (use_regex || prefix_space) {
-          t_.splitters.push_back({regex(use_regex ? byte_level_pattern : R"([\s\S]+)", where_),
-                                  true, true, prefix_space});
+          t_.splitters.push_back({regex(use_regex ? byte_level_pattern : whole_pattern, where_),
+                                  true, true,
+                                  prefix_space ? prepend_scheme::always : prepend_scheme::never});
         }
+      } else if (type == "Metaspace") {
+        const auto [space, prepend] = read_metaspace(part);
+        if (prepend == prepend_scheme::first && !t_.normalizers.empty()) {
+          // Which piece is at the start of the text is a matter of its alignment then.
+          refuse("pre-tokenizer Metaspace with prepend_scheme first behind a normalizer");
+        }
+        const std::string s = regex::literal(space);
+        const std::string words = s + "?[^" + s + "]+|" + s;  // a space belongs to what follows
+        const bool split = optional_value(part, "split", true);
+        t_.splitters.push_back(
+            {regex(split ? words : whole_pattern, where_), true, true, prepend, space});
       } else {
         refuse("pre-tokenizer " + type);
       }
     });
-    if (!byte_level) refuse("a pre-tokenizer without ByteLevel");
+  }
+
+  std::pair<std::string, prepend_scheme> read_metaspace(const json& part) const {
+    auto space = part.at("replacement").get<std::string>();
+    if (space.empty() || character_length(space) != static_cast<int>(space.size())) {
+      corrupt("Metaspace: the replacement is not a character: " + space);
+    }
+    const auto scheme = optional_value<std::string>(part, "prepend_scheme", "always");
+    if (scheme != "never" && scheme != "first" && scheme != "always") {
+      corrupt("Metaspace: unknown prepend_scheme " + scheme);
+    }
+    if (scheme != "never" && !optional_value(part, "add_prefix_space", true)) {
+      corrupt("Metaspace: add_prefix_space is false, but prepend_scheme is " + scheme);
+    }
+    return {std::move(space), scheme == "never"   ? prepend_scheme::never
+                              : scheme == "first" ? prepend_scheme::first
+                                                  : prepend_scheme::always};
   }
 
   void read_split(const json& part) {
@@ -482,7 +621,7 @@ class reader {
         const auto name = piece.at("SpecialToken").at("id").get<std::string>();
         for (const json& id : part.at("special_tokens").at(name).at("ids")) {
           const auto value = id.get<long long>();
-          if (value < 0 || value >= static_cast<long long>(t_.bytes.size())) {
+          if (value < 0 || value >= static_cast<long long>(t_.tokens.size())) {
             corrupt("post-processor: token " + name + " has id " + std::to_string(value) +
                     ", which is not in the vocabulary");
           }
@@ -494,19 +633,48 @@ class reader {
   }
 
   void read_decoder() {
-    bool byte_level = false;
-    for_each_part("decoder", "decoders", [&](const json&, const std::string& type) {
-      if (type != "ByteLevel") refuse("decoder " + type);
-      byte_level = true;
+    decoding& d = t_.decoder;
+    std::string previous;
+    for_each_part("decoder", "decoders", [&](const json& part, const std::string& type) {
+      // Single tokens until ByteFallback, which makes characters of several; one text behind Fuse.
+      const bool in_tokens = previous.empty() || previous == "Replace" || previous == "Metaspace";
+      if (type == "ByteLevel" && previous.empty()) {
+        d.byte_level = true;
+      } else if (type == "Replace" && in_tokens) {
+        d.replacements.push_back(read_replace(part, "decoder"));
+      } else if (type == "Metaspace" && in_tokens) {
+        const auto [space, prepend] = read_metaspace(part);
+        d.replacements.push_back({space, " ", prepend == prepend_scheme::never ? " " : ""});
+      } else if (type == "ByteFallback" && in_tokens) {
+        d.byte_fallback = true;
+      } else if (type == "Strip" && previous == "Fuse") {
+        read_strip(part);
+      } else if (type == "Fuse" && (in_tokens || previous == "ByteFallback")) {
+        // All is one text in the end.
+      } else {
+        refuse("decoder " + type + (previous.empty() ? "" : " behind " + previous));
+      }
+      previous = type;
     });
-    if (!byte_level) refuse("a decoder without ByteLevel");
+    if (previous.empty()) refuse("a missing decoder");
+  }
+
+  void read_strip(const json& part) {
+    if (part.at("stop").get<long long>() != 0) refuse("decoder Strip at the end");
+    t_.decoder.strip = part.at("content").get<std::string>();
+    const std::string& strip = t_.decoder.strip;
+    if (strip.empty() || character_length(strip) != static_cast<int>(strip.size())) {
+      corrupt("decoder Strip: the content is not a character: " + strip);
+    }
+    const auto limit = part.at("start").get<long long>();
+    if (limit < 0) corrupt("decoder Strip: start is " + std::to_string(limit));
+    t_.decoder.strip_limit = static_cast<std::size_t>(limit);
   }
 
   const json& document_;
   const std::string& where_;
   tokenizer_tables& t_;
   std::unordered_map<std::string, int> model_ids_;  // without added tokens
-  std::vector<bool> taken_;                         // ids
   long long id_limit_ = 0;
 };
 
@@ -534,7 +702,16 @@ tokenizer tokenizer::from_file(const std::string& path) {
 // ---- Streaming ----------------------------------------------------------------------------------
 
 std::string streaming_decoder::next(int id) {
-  held_ += tokenizer_.bytes_of(id);
+  const tokenizer_tables& t = *tokenizer_.tables_;
+  if (id < 0 || id >= tokenizer_.vocab_size()) return {};
+  const token_entry& token = t.tokens[static_cast<std::size_t>(id)];
+  if (!token.used) return {};
+  const auto if_first = std::exchange(first_, false) ? t.first_text.find(id) : t.first_text.end();
+  const token_text& text = if_first != t.first_text.end() ? if_first->second : token.text;
+
+  if (!t.decoder.byte_level && !text.is_byte) return strip(release() + text.bytes);
+  held_ += text.bytes;
+  if (text.is_byte) return {};
   // An ill-formed part at the very end may be the start of a character.
   std::size_t whole = 0;
   while (whole < held_.size()) {
@@ -549,9 +726,33 @@ std::string streaming_decoder::next(int id) {
 }
 
 std::string streaming_decoder::finish() {
-  std::string out = well_formed(held_);
-  held_.clear();
+  std::string out = strip(release());
+  first_ = true;
+  stripped_ = 0;
   return out;
+}
+
+std::string streaming_decoder::release() {
+  const std::string held = std::exchange(held_, {});
+  std::string out = well_formed(held);
+  if (out == held || tokenizer_.tables_->decoder.byte_level) return out;
+  out.clear();
+  for (std::size_t i = 0; i < held.size(); ++i) out += "\ufffd";
+  return out;
+}
+
+std::string streaming_decoder::strip(std::string part) {
+  const decoding& d = tokenizer_.tables_->decoder;
+  std::size_t from = 0;
+  while (stripped_ < d.strip_limit && from < part.size()) {
+    if (part.compare(from, d.strip.size(), d.strip) == 0) {
+      from += d.strip.size();
+      ++stripped_;
+    } else {
+      stripped_ = d.strip_limit;
+    }
+  }
+  return part.erase(0, from);
 }
 
 }  // namespace qeft_llm

@@ -5,9 +5,11 @@
     tokenizer_corpus.py --tokenizer DIR/tokenizer.json --out $QEFT_TEST_DATA/tokenizer
 
 From the given tokenizer (SmolLM2) it derives others with the components of GPT-2, Llama 3 and Qwen2
-and with the rarer options. For each it writes NAME.tokenizer.json and NAME.cases.json, a list of
-{text, ids, plain_ids, decoded}: text is hexadecimal and need not be UTF-8; plain_ids are without
-the special tokens in the text; decoded is hexadecimal. The text is the same on every run.
+and with the rarer options; on the text itself it trains one in the style of SentencePiece, for those
+of Llama 2 and Mistral. For each it writes NAME.tokenizer.json and NAME.cases.json, a list of
+{text, ids, plain_ids, decoded, decoded_reversed}: text is hexadecimal and need not be UTF-8;
+plain_ids are without the special tokens in the text; decoded and, of the ids from the last to the
+first, decoded_reversed are hexadecimal. The text is the same on every run.
 """
 
 import argparse
@@ -40,8 +42,18 @@ def added(token_id, content, **options):
             "rstrip": False, "normalized": False, "special": False, **options}
 
 
-def variants(smollm2):
-    """Name and document of each tokenizer to test."""
+def template(token, token_id):
+    """A post-processor that puts a token in front."""
+    return {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": token, "type_id": 0}},
+                   {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}}}
+
+
+def byte_level_variants(smollm2):
+    """Name and document of each tokenizer over bytes to test."""
     yield "smollm2", smollm2
 
     gpt2 = copy.deepcopy(smollm2)
@@ -53,13 +65,8 @@ def variants(smollm2):
     llama3 = copy.deepcopy(smollm2)
     llama3["pre_tokenizer"] = sequence(split(GPT4_LIKE % "{1,3}"), BYTE_LEVEL)
     llama3["model"]["ignore_merges"] = True
-    llama3["post_processor"] = {"type": "Sequence", "processors": [BYTE_LEVEL, {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
-                   {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1],
-                                            "tokens": ["<|im_start|>"]}}}]}
+    llama3["post_processor"] = {"type": "Sequence",
+                                "processors": [BYTE_LEVEL, template("<|im_start|>", 1)]}
     yield "llama3", llama3
 
     qwen2 = copy.deepcopy(smollm2)
@@ -85,6 +92,105 @@ def variants(smollm2):
         added(size + 2, "ﬁn", normalized=True),
         added(size + 3, "a b", lstrip=True, rstrip=True, normalized=True, single_word=True)]
     yield "options", options
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+
+
+def metaspace(scheme, split):
+    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+
+
+def sentencepiece(texts):
+    """The document of Llama 2 with 256 byte tokens and merges trained on the texts.
+
+    Its words are whole texts, so that merges reach across spaces and line ends; 600 characters have
+    a token.
+    """
+    named = ["<unk>", "<s>", "</s>"]
+    byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE(
+        unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    trained.train_from_iterator(
+        ["▁" + text.decode("utf-8", errors="replace").replace(" ", "▁") for text in texts],
+        tokenizers.trainers.BpeTrainer(vocab_size=3000, min_frequency=3, show_progress=False,
+                                       limit_alphabet=600, max_token_length=16,
+                                       special_tokens=named + byte_tokens))
+    document = json.loads(trained.to_str())
+    # All of them became added tokens; byte tokens are not recognised in the text.
+    document["added_tokens"] = [added(i, token, special=True) for i, token in enumerate(named)]
+    document["normalizer"] = {"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"}, replace(" ", "▁")]}
+    document["post_processor"] = template("<s>", 1)
+    document["decoder"] = {"type": "Sequence", "decoders": [
+        replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    return document
+
+
+def without_bytes(document):
+    """Renames two byte tokens, so that many characters are unknown after all."""
+    vocab = document["model"]["vocab"]
+    for byte in (0x82, 0xE1):
+        vocab[f"no {byte}"] = vocab.pop(f"<0x{byte:02X}>")
+
+
+def add(document, content, **options):
+    """Adds a token, with a new id unless it is in the vocabulary."""
+    vocab = document["model"]["vocab"]
+    unused = max(len(vocab), *(token["id"] + 1 for token in document["added_tokens"]))
+    document["added_tokens"].append(added(vocab.get(content, unused), content, **options))
+
+
+def sentencepiece_variants(llama2):
+    """Name and document of each tokenizer in the style of SentencePiece to test."""
+    yield "llama2", llama2
+
+    mistral = copy.deepcopy(llama2)
+    mistral["normalizer"] = None
+    mistral["pre_tokenizer"] = metaspace("first", split=False)
+    add(mistral, "<|im_start|>", special=True)
+    add(mistral, "<|im_end|>", special=True, lstrip=True)
+    add(mistral, "<mask>", rstrip=True)
+    yield "mistral", mistral
+
+    first = copy.deepcopy(llama2)
+    first["normalizer"] = None
+    first["pre_tokenizer"] = sequence(
+        {"type": "Digits", "individual_digits": True}, split(r"[.:]+", "Removed"),
+        metaspace("first", split=True))
+    first["model"]["ignore_merges"] = True
+    yield "first", first
+
+    always = copy.deepcopy(llama2)
+    always["normalizer"] = {"type": "NFKC"}
+    always["pre_tokenizer"] = dict(metaspace("always", split=True), add_prefix_space=True)
+    always["decoder"] = metaspace("always", split=True)
+    add(always, "<sep>")
+    add(always, "a b", lstrip=True)
+    without_bytes(always)
+    always["model"]["fuse_unk"] = False
+    yield "always", always
+
+    never = copy.deepcopy(llama2)
+    never["normalizer"] = replace("the", "zwölf ")
+    never["pre_tokenizer"] = metaspace("never", split=False)
+    never["decoder"] = {"type": "Sequence", "decoders": [
+        metaspace("never", split=False), {"type": "ByteFallback"}, {"type": "Fuse"}]}
+    never["model"].update(byte_fallback=False, unk_token=None)
+    yield "never", never
+
+    # As in the first conversions of Llama: added tokens are normalised.
+    normalized = copy.deepcopy(llama2)
+    for token in normalized["added_tokens"]:
+        token["normalized"] = True
+    add(normalized, "<|im_end|>", normalized=True, special=True)
+    add(normalized, "a b", normalized=True)
+    add(normalized, "é", single_word=True)
+    normalized["decoder"]["decoders"][-1]["start"] = 3
+    without_bytes(normalized)
+    yield "normalized", normalized
 
 
 PROSE = [
@@ -117,7 +223,7 @@ EMOJI = ["😀", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "�
 SPACES = [" ", "  ", "\t", "\n", "\r\n", "\r", "\u00a0", "\u3000", "\u0085", "\u2003", "\u2028",
           "\u2029", "\u200b", "\u180e", "\u202f", "\ufeff", "\u1680", "\u000b", "\u000c",
           "\u001c", "\u205f"]
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<file_sep>", "<filename>", "<|im_start",
+SPECIAL = ["<s>", "</s>", "<unk>", "<0x41>", "▁", "▁<s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<file_sep>", "<filename>", "<|im_start",
            "|im_end|>", "<mask>", "<sep>", "the", "<tool_call>", "<tool_call>\n", "<|object_ref|>",
            "fin", "ﬁn", "a b", "<<|im_end|>>"]
 MARKS = ["\u0301", "\u0308", "\u0327", "\u0323", "\u0300", "\u0e31", "\u064b", "\u05b8", "\u20dd",
@@ -187,7 +293,9 @@ def cases(tokenizer, texts):
         results.append([encoding.ids for encoding in
                         tokenizer.encode_batch(strings, add_special_tokens=False)])
     return [{"text": text.hex(), "ids": ids, "plain_ids": plain,
-             "decoded": tokenizer.decode(ids, skip_special_tokens=False).encode().hex()}
+             "decoded": tokenizer.decode(ids, skip_special_tokens=False).encode().hex(),
+             "decoded_reversed":
+                 tokenizer.decode(ids[::-1], skip_special_tokens=False).encode().hex()}
             for text, ids, plain in zip(texts, *results)]
 
 
@@ -208,7 +316,8 @@ def main():
     if size < 200_000:
         sys.exit(f"tokenizer_corpus: only {size} bytes of text")
     smollm2 = json.loads(options.tokenizer.read_text(encoding="utf-8"))
-    for name, document in variants(smollm2):
+    for name, document in [*byte_level_variants(smollm2),
+                           *sentencepiece_variants(sentencepiece(texts))]:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document))
         write(options.out / f"{name}.tokenizer.json", document)
         write(options.out / f"{name}.cases.json", cases(tokenizer, texts))

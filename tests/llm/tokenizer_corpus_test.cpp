@@ -36,14 +36,17 @@ std::string streamed(const tokenizer& tok, const std::vector<int>& ids) {
 TEST_CASE("ids and text are those of Hugging Face tokenizers") {
   const char* data = std::getenv("QEFT_TEST_DATA");
   const std::string folder = std::string(data == nullptr ? "" : data) + "/tokenizer/";
-  if (data == nullptr || !std::ifstream(folder + "options.cases.json")) {
+  if (data == nullptr || !std::ifstream(folder + "normalized.cases.json")) {
     skip("no results of `tokenizers` in QEFT_TEST_DATA/tokenizer (see tokenizer_corpus.py)");
     return;
   }
   std::size_t bytes = 0;
-  for (const std::string name : {"smollm2", "gpt2", "llama3", "qwen2", "options"}) {
+  const std::vector<std::string> byte_level = {"smollm2", "gpt2", "llama3", "qwen2", "options"};
+  const std::vector<std::string> sentencepiece = {"llama2", "mistral", "first",
+                                                  "always", "never",   "normalized"};
+  const auto compare = [&](const std::string& name, const std::vector<int>& prefix) {
     const tokenizer tok = tokenizer::from_file(folder + name + ".tokenizer.json");
-    CHECK(tok.prefix() == (name == "llama3" ? std::vector<int>{1} : std::vector<int>{}));
+    CHECK(tok.prefix() == prefix);
     std::ifstream in(folder + name + ".cases.json");
     const nlohmann::json cases = nlohmann::json::parse(in);
     bytes = 0;
@@ -56,8 +59,17 @@ TEST_CASE("ids and text are those of Hugging Face tokenizers") {
       CHECK(tok.encode(text, false) == cases[i]["plain_ids"].get<std::vector<int>>());
       CHECK(tok.decode(ids) == decoded);
       CHECK(streamed(tok, ids) == decoded);
+      const std::vector<int> reversed(ids.rbegin(), ids.rend());
+      const auto text_of_reversed =
+          from_hexadecimal(cases[i]["decoded_reversed"].get<std::string>());
+      CHECK(tok.decode(reversed) == text_of_reversed);
+      CHECK(streamed(tok, reversed) == text_of_reversed);
       bytes += text.size();
     }
+  };
+  for (const std::string& name : byte_level) {
+    compare(name, name == "llama3" ? std::vector<int>{1} : std::vector<int>{});
   }
+  for (const std::string& name : sentencepiece) compare(name, {1});
   CHECK(bytes >= 200000);
 }

@@ -66,12 +66,54 @@ json small_document() {
                       merge("Ġ", "a")})}}}};
 }
 
+json replace(const char* from, const char* to) {
+  return {{"type", "Replace"}, {"pattern", {{"String", from}}}, {"content", to}};
+}
+
+json metaspace(const char* scheme, bool split) {
+  return {
+      {"type", "Metaspace"}, {"replacement", "▁"}, {"prepend_scheme", scheme}, {"split", split}};
+}
+
+/// In the style of Llama 2: <unk> 0, <s> 1, </s> 2, byte b 3 + b, then ▁ 259, a 260, b 261, c 262,
+/// ▁a 263, ab 264, ▁ab 265, ▁▁ 266, b▁ 267; the three first are special.
+json sentencepiece_document() {
+  json vocab = {{"<unk>", 0}, {"<s>", 1}, {"</s>", 2}};
+  for (int b = 0; b < 256; ++b) vocab[byte_token(static_cast<unsigned char>(b))] = 3 + b;
+  int id = 259;
+  for (const char* token : {"▁", "a", "b", "c", "▁a", "ab", "▁ab", "▁▁", "b▁"}) vocab[token] = id++;
+  json added = json::array();
+  for (const char* token : {"<unk>", "<s>", "</s>"}) {
+    added.push_back({{"id", vocab[token]}, {"content", token}, {"special", true}});
+  }
+  return {{"added_tokens", added},
+          {"normalizer",
+           {{"type", "Sequence"},
+            {"normalizers", {{{"type", "Prepend"}, {"prepend", "▁"}}, replace(" ", "▁")}}}},
+          {"pre_tokenizer", nullptr},
+          {"post_processor", nullptr},
+          {"decoder",
+           {{"type", "Sequence"},
+            {"decoders",
+             {replace("▁", " "),
+              {{"type", "ByteFallback"}},
+              {{"type", "Fuse"}},
+              {{"type", "Strip"}, {"content", " "}, {"start", 1}, {"stop", 0}}}}}},
+          {"model",
+           {{"type", "BPE"},
+            {"unk_token", "<unk>"},
+            {"fuse_unk", true},
+            {"byte_fallback", true},
+            {"vocab", vocab},
+            {"merges", {"▁ ▁", "a b", "▁ a", "▁ ab", "b ▁"}}}}};
+}
+
 tokenizer from(const json& document) { return tokenizer::from_json(document.dump(), "tiny"); }
 
 /// The definition: scan for the pair of lowest rank, the leftmost first, merge it, start again.
 token_ids merged_slowly(const byte_pair_model& model, const std::string& word) {
   token_ids ids;
-  for (const char c : word) ids.push_back(model.byte_id[static_cast<unsigned char>(c)]);
+  for (const char c : word) ids.push_back(model.letter_id.at(static_cast<unsigned char>(c)));
   while (true) {
     std::size_t best = ids.size();
     byte_pair_model::merge merge{0, 0};
@@ -107,7 +149,7 @@ TEST_CASE("merging equals the slow definition") {
   fuzz("random merges and words", 300, [](std::uint64_t seed) {
     random_source random(seed);
     byte_pair_model model;
-    for (int b = 0; b < 256; ++b) model.byte_id[static_cast<std::size_t>(b)] = b % 4;
+    for (int b = 0; b < 4; ++b) model.letter_id[static_cast<unsigned>(b)] = b;
     const int tokens = static_cast<int>(random.integer(4, 40));
     for (int rank = 0; rank < 60; ++rank) {
       const auto key = byte_pair_model::pair_key(static_cast<int>(random.integer(0, tokens)),
@@ -244,6 +286,160 @@ TEST_CASE("tokens in front of the text") {
   CHECK(from(small_document()).prefix().empty());
 }
 
+TEST_CASE("words of characters: Prepend and Replace") {
+  const tokenizer tok = from(sentencepiece_document());
+  CHECK(tok.encode("ab") == token_ids{265});
+  CHECK(tok.encode("ab ab") == token_ids{265, 265});
+  CHECK(tok.encode("b  a") == token_ids{259, 261, 266, 260});  // ▁ ▁ before ▁ a and b ▁
+  CHECK(tok.encode(" ") == token_ids{266});
+  CHECK(tok.encode("").empty());
+  CHECK(tok.encode("a<s>a </s>") == token_ids{263, 1, 263, 259, 2});  // ▁ in front of every part
+  CHECK(tok.encode("<s>a", false) == token_ids{259, 63, 118, 65, 260});
+  CHECK(tok.id_of("▁a") == 263);
+}
+
+TEST_CASE("characters without a token are spelt in byte tokens or are unknown") {
+  json document = sentencepiece_document();
+  CHECK(from(document).encode("a\n\u00e9b") == token_ids{263, 3 + '\n', 3 + 0xc3, 3 + 0xa9, 261});
+  CHECK(from(document).encode("<0x0A>").size() == 7);
+  document["model"]["vocab"].erase("<0xC3>");
+  SECTION("runs of them give one unknown token") {
+    CHECK(from(document).encode("\u00e9\u00e8b\u00e9") == token_ids{259, 0, 261, 0});
+    // A quirk of `tokenizers`: what is spelt overtakes the unknown token.
+    CHECK(from(document).encode("\u00e9\n\u00e8b") == token_ids{259, 3 + '\n', 0, 261});
+  }
+  SECTION("or one each") {
+    document["model"]["fuse_unk"] = false;
+    CHECK(from(document).encode("\u00e9\u00e8b") == token_ids{259, 0, 0, 261});
+    CHECK(from(document).encode("\u00e9\n\u00e8b") == token_ids{259, 3 + '\n', 0, 0, 261});
+  }
+  SECTION("or nothing") {
+    document["model"]["unk_token"] = nullptr;
+    CHECK(from(document).encode("\u00e9\nb") == token_ids{259, 3 + '\n', 261});
+    document["model"]["byte_fallback"] = false;
+    CHECK(from(document).encode("\u00e9\nb") == token_ids{259, 261});
+  }
+  CHECK(byte_token(0xc3) == "<0xC3>");
+  for (int b = 0; b < 256; ++b)
+    CHECK(byte_of_token(byte_token(static_cast<unsigned char>(b))) == b);
+  CHECK(byte_of_token("<0xc3>") == 0xc3);
+  for (const char* token :
+       {"", "<0x>", "<0xG0>", "<0x0G>", "<0x123>", "<0X12>", "<0x12)", "<0x1>"}) {
+    INFO(token);
+    CHECK(byte_of_token(token) == std::nullopt);
+  }
+}
+
+TEST_CASE("ignore_merges takes whole words of characters") {
+  json document = sentencepiece_document();
+  document["model"]["merges"] = json::array();
+  document["model"]["ignore_merges"] = true;
+  CHECK(from(document).encode("ab") == token_ids{265});
+  CHECK(from(document).encode("abc") == token_ids{259, 260, 261, 262});
+}
+
+TEST_CASE("Metaspace") {
+  json document = sentencepiece_document();
+  document["normalizer"] = nullptr;
+  const auto ids = [&](const char* scheme, bool split, const std::string& text) {
+    document["pre_tokenizer"] = metaspace(scheme, split);
+    return from(document).encode(text);
+  };
+  CHECK(ids("first", false, "ab<s>ab") == token_ids{265, 1, 264});
+  CHECK(ids("first", false, " ab<s> ab") == token_ids{265, 1, 265});  // has its space
+  CHECK(ids("first", false, "<s>ab") == token_ids{1, 264});
+  CHECK(ids("always", false, "ab<s>ab") == token_ids{265, 1, 265});
+  CHECK(ids("never", false, "ab<s> ab") == token_ids{264, 1, 265});
+  CHECK(ids("never", false, "  b ") == token_ids{266, 267});
+  CHECK(ids("never", true, "  b ") == token_ids{259, 259, 261, 259});  // every ▁ starts a word
+  CHECK(ids("always", true, "b▁ a ") == token_ids{259, 261, 259, 263, 259});
+  SECTION("the start of the text is where another step has left it") {
+    document["pre_tokenizer"] = {
+        {"type", "Sequence"},
+        {"pretokenizers",
+         {{{"type", "Split"}, {"pattern", {{"String", "c"}}}, {"behavior", "Removed"}},
+          metaspace("first", true),
+          metaspace("first", true)}}};
+    CHECK(from(document).encode("acab") == token_ids{263, 264});
+    CHECK(from(document).encode("cab") == token_ids{264});
+    document["pre_tokenizer"]["pretokenizers"] = {metaspace("never", true),
+                                                  metaspace("first", true)};
+    CHECK(from(document).encode("ab ab") == token_ids{265, 265});
+  }
+  SECTION("the old option") {
+    document["pre_tokenizer"] = metaspace("never", true);
+    document["pre_tokenizer"]["add_prefix_space"] = false;
+    CHECK(from(document).encode("ab") == token_ids{264});
+  }
+  SECTION("its decoder drops spaces of the first token") {
+    document["decoder"] = metaspace("first", true);
+    CHECK(from(document).decode({266, 265, 3 + 'x'}) == " ab<0x78>");
+    CHECK(from(document).decode({265, 265, 1}) == "ab ab<s>");
+    CHECK(from(document).decode({1, 265}, true) == "ab");
+    CHECK(from(document).decode({1, 265}) == "<s> ab");
+    document["model"]["vocab"]["far"] = 300;
+    CHECK(from(document).decode({-1, 299, 301, 265}) == "ab");  // no tokens in front of it
+    streaming_decoder decoder(from(document));
+    for (int round = 0; round < 2; ++round) {
+      CHECK(decoder.next(265) == "ab");
+      CHECK(decoder.next(265) == " ab");
+      CHECK(decoder.finish().empty());
+    }
+    document["decoder"] = metaspace("never", true);
+    CHECK(from(document).decode({266, 265}) == "   ab");
+  }
+}
+
+TEST_CASE("added tokens are normalised with everything in front") {
+  json document = sentencepiece_document();
+  for (json& token : document["added_tokens"]) token["normalized"] = true;
+  const tokenizer tok = from(document);
+  CHECK(tok.encode("<s>a <s>") == token_ids{1, 260, 1});  // both are ▁<s> there
+  CHECK(tok.encode("a<s>").size() == 4);
+  CHECK(tok.decode({260, 1}) == "a <s>");
+  CHECK(tok.decode({260, 1}, true) == "a");
+}
+
+TEST_CASE("a text of one long word") {
+  json document = sentencepiece_document();
+  document["normalizer"]["normalizers"].erase(0);
+  const std::size_t count = 300000;
+  std::string text;
+  for (std::size_t i = 0; i < count; ++i) text += " ab";
+  CHECK(from(document).encode(text) == token_ids(count, 265));
+}
+
+TEST_CASE("decoding byte tokens") {
+  const tokenizer tok = from(sentencepiece_document());
+  const std::string r = "\ufffd";
+  CHECK(tok.decode({265, 265}) == "ab ab");
+  CHECK(tok.decode({266, 265}) == "  ab");  // one space less
+  CHECK(tok.decode({1, 265}) == "<s> ab");
+  CHECK(tok.decode({1, 265}, true) == "ab");
+  CHECK(tok.decode({3 + ' ', 260}) == "a");
+  CHECK(tok.decode({260, 3 + 0xc3, 3 + 0xa9}) == "a\u00e9");
+  CHECK(tok.decode({3 + 0xc3, 400, 3 + 0xa9}) == "\u00e9");  // no token between them
+  CHECK(tok.decode({3 + '\n', 3 + 0xc3, 260, 3 + 0xa9}) == r + r + "a" + r);
+  CHECK(tok.bytes_of(3 + 0xc3) == "\xc3");
+  CHECK(tok.bytes_of(265) == " ab");
+}
+
+TEST_CASE("streaming holds back byte tokens") {
+  streaming_decoder decoder(from(sentencepiece_document()));
+  for (int round = 0; round < 2; ++round) {
+    CHECK(decoder.next(265) == "ab");
+    CHECK(decoder.next(265) == " ab");
+    CHECK(decoder.next(3 + '\n').empty());  // an ill-formed byte may follow
+    CHECK(decoder.next(3 + 0xc3).empty());
+    CHECK(decoder.next(260) ==
+          "\ufffd\ufffd"
+          "a");
+    CHECK(decoder.next(3 + 0xc3).empty());
+    CHECK(decoder.next(3 + 0xa9).empty());
+    CHECK(decoder.finish() == "\u00e9");
+  }
+}
+
 TEST_CASE("regular expressions mean what they mean in Oniguruma") {
   const auto matches = [](const char* pattern, std::string_view text) {
     std::string found;
@@ -296,13 +492,15 @@ TEST_CASE("what is not supported is refused by name") {
     CHECK(throws_with(errc::unsupported, {"tiny: ", name}, [&] { from(document); }));
   };
   refused("/model/type", "Unigram", "model Unigram");
-  refused("/model/byte_fallback", true, "byte_fallback");
+  refused("/model/byte_fallback", true, "byte_fallback with pre-tokenizer ByteLevel");
   refused("/model/dropout", 0.1, "dropout");
   refused("/model/continuing_subword_prefix", "##", "continuing_subword_prefix");
   refused("/model/end_of_word_suffix", "</w>", "end_of_word_suffix");
   refused("/normalizer", {{"type", "Lowercase"}}, "normalizer Lowercase");
-  refused("/pre_tokenizer", nullptr, "without ByteLevel");
-  refused("/pre_tokenizer", {{"type", "Metaspace"}}, "pre-tokenizer Metaspace");
+  refused("/normalizer", {{"type", "Replace"}, {"pattern", {{"Regex", " +"}}}, {"content", ""}},
+          "normalizer Replace with a regular expression");
+  refused("/normalizer", replace("", "a"), "normalizer Replace of nothing");
+  refused("/pre_tokenizer", {{"type", "Whitespace"}}, "pre-tokenizer Whitespace");
   refused(
       "/pre_tokenizer",
       {{"type", "Sequence"}, {"pretokenizers", {{{"type", "ByteLevel"}}, {{"type", "Digits"}}}}},
@@ -315,8 +513,33 @@ TEST_CASE("what is not supported is refused by name") {
           {{"type", "TemplateProcessing"},
            {"single", {{{"Sequence", {{"id", "A"}}}}, {{"SpecialToken", {{"id", "<s>"}}}}}}},
           "behind the text");
-  refused("/decoder", nullptr, "without ByteLevel");
+  refused("/decoder", nullptr, "a missing decoder");
   refused("/decoder", {{"type", "WordPiece"}}, "decoder WordPiece");
+  refused("/decoder", {{"type", "Replace"}, {"pattern", {{"Regex", "▁"}}}, {"content", " "}},
+          "decoder Replace with a regular expression");
+
+  const json strip = {{"type", "Strip"}, {"content", " "}, {"start", 1}, {"stop", 0}};
+  const json fuse = {{"type", "Fuse"}};
+  const auto decoders_refused = [&](std::vector<json> parts, const char* name) {
+    refused("/decoder", {{"type", "Sequence"}, {"decoders", std::move(parts)}}, name);
+  };
+  decoders_refused({}, "a missing decoder");
+  decoders_refused({{{"type", "ByteLevel"}}, fuse}, "decoder Fuse behind ByteLevel");
+  decoders_refused({replace("a", "b"), {{"type", "ByteLevel"}}}, "ByteLevel behind Replace");
+  decoders_refused({{{"type", "ByteFallback"}}, replace("▁", " ")}, "Replace behind ByteFallback");
+  decoders_refused({{{"type", "ByteFallback"}}, metaspace("first", true)},
+                   "Metaspace behind ByteFallback");
+  decoders_refused({fuse, {{"type", "ByteFallback"}}}, "ByteFallback behind Fuse");
+  decoders_refused({replace("▁", " "), strip}, "Strip behind Replace");
+  json both_ends = strip;
+  both_ends["stop"] = 1;
+  decoders_refused({fuse, both_ends}, "Strip at the end");
+
+  json document = sentencepiece_document();
+  document["pre_tokenizer"] = metaspace("first", false);
+  CHECK(throws_with(errc::unsupported,
+                    {"tiny: ", "Metaspace with prepend_scheme first behind a normalizer"},
+                    [&] { from(document); }));
 }
 
 TEST_CASE("inconsistent files are errors that name the fault") {
@@ -340,6 +563,12 @@ TEST_CASE("inconsistent files are errors that name the fault") {
   corrupt("/model/unk_token", "<unk>", "unk_token names <unk>");
   corrupt("/model", nullptr, "null");
   corrupt("/added_tokens/0/content", "", "empty");
+  corrupt("/pre_tokenizer", {{"type", "Metaspace"}}, "replacement");
+  corrupt("/pre_tokenizer", {{"type", "Metaspace"}, {"replacement", "ab"}}, "not a character: ab");
+  corrupt("/pre_tokenizer", metaspace("sometimes", true), "unknown prepend_scheme sometimes");
+  corrupt("/pre_tokenizer",
+          {{"type", "Metaspace"}, {"replacement", "▁"}, {"add_prefix_space", false}},
+          "add_prefix_space is false, but prepend_scheme is always");
   corrupt("/added_tokens/0/content", "<x>", "<x> is there twice");
   corrupt("/added_tokens/0/content", "ab", "its id in the vocabulary is 256");
   corrupt("/added_tokens/0/id", 5, "of another");
@@ -349,6 +578,18 @@ TEST_CASE("inconsistent files are errors that name the fault") {
            {"single", json::array({json{{"SpecialToken", {{"id", "<s>"}}}}})},
            {"special_tokens", {{"<s>", {{"ids", json::array({9999})}}}}}},
           "9999");
+  const auto strip_corrupt = [&](const char* content, int start, const char* fault) {
+    const json strip = {{"type", "Strip"}, {"content", content}, {"start", start}, {"stop", 0}};
+    corrupt("/decoder",
+            {{"type", "Sequence"}, {"decoders", std::vector<json>{{{"type", "Fuse"}}, strip}}},
+            fault);
+  };
+  strip_corrupt("", 1, "the content is not a character");
+  strip_corrupt(" ", -1, "start is -1");
+  json vanishing = small_document();
+  vanishing["normalizer"] = replace("<s>", "");
+  vanishing["added_tokens"][0]["normalized"] = true;
+  CHECK(throws_with(errc::corrupt_file, {"tiny: ", "empty"}, [&] { from(vanishing); }));
   CHECK(throws_with(errc::corrupt_file, {"tiny: "}, [] { tokenizer::from_json("[]", "tiny"); }));
   CHECK(throws_with(errc::io_error, {"/no/such/file"},
                     [] { tokenizer::from_file("/no/such/file"); }));
@@ -356,6 +597,7 @@ TEST_CASE("inconsistent files are errors that name the fault") {
 
 TEST_CASE("a damaged file is an error or a tokenizer, never a crash") {
   const std::string whole = small_document().dump();
+  const std::string sentencepiece = sentencepiece_document().dump();
   const auto load = [](const std::string& text) {
     try {
       const tokenizer tok = tokenizer::from_json(text, "damaged");
@@ -366,6 +608,7 @@ TEST_CASE("a damaged file is an error or a tokenizer, never a crash") {
     }
   };
   REQUIRE(load(whole));
+  REQUIRE(load(sentencepiece));
   sweep prefixes("prefixes");
   for (std::size_t length = 0; length < whole.size(); length += 7) {
     CHECK(!load(whole.substr(0, length)));
@@ -380,7 +623,7 @@ TEST_CASE("a damaged file is an error or a tokenizer, never a crash") {
   CHECK(!load(document.dump()));
   fuzz("bytes changed", 1000, [&](std::uint64_t seed) {
     random_source random(seed);
-    std::string text = whole;
+    std::string text = random.chance(50) ? whole : sentencepiece;
     for (int i = 0; i < 3; ++i) {
       const auto at =
           static_cast<std::size_t>(random.integer(0, static_cast<std::int64_t>(text.size()) - 1));
