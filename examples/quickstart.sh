@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source cmake/install_packages.sh
 
-model="" samples=32 seq_len=512 eval_tokens=16384 threads=0
+model="" samples=64 seq_len=512 eval_tokens=16384 threads=0
 usage() { sed -n '3,5s/^# \{0,1\}//p' "$0"; }
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -52,18 +52,22 @@ fi
 
 prompt="Explain in two sentences why the sky is blue."
 rows=()
+row='%-26s %10s %9s %10s %7s %9s'
 # evaluate NAME DIRECTORY: a row of the table.
 evaluate() {
-  local name=$1 dir=$2 perplexity speed size bits
+  local name=$1 dir=$2 perplexity change speed size bits
   perplexity=$("$llm" perplexity --model "$dir" --text "$work/text/heldout.txt" \
     --seq-len "$seq_len" --tokens "$eval_tokens" --threads "$threads" | tail -n 1 | awk '{print $2}')
-  "$llm" generate --model "$dir" --chat --prompt "$prompt" --max-tokens 64 --temperature 0 \
-    --threads "$threads" >"$work/$name.txt" 2>"$work/$name.log"
+  [ -n "${full_precision-}" ] || full_precision=$perplexity
+  change=$(awk -v a="$perplexity" -v b="$full_precision" 'BEGIN { printf "%+.1f%%", 100 * (a / b - 1) }')
+  # Every model decodes as many tokens, whatever it says.
+  "$llm" generate --model "$dir" --prompt "$prompt" --max-tokens 100 --ignore-eos \
+    --threads "$threads" >/dev/null 2>"$work/$name.log"
   speed=$(sed -n 's/.*decode[^0-9]*\([0-9.]*\) tokens\/s.*/\1/p' "$work/$name.log" | tail -n 1)
   size=$(du -cbL "$dir"/*.safetensors | tail -n 1 | awk '{printf "%.1f", $1 / 1048576}')
   bits=$("$llm" inspect "$dir" | sed -n 's/.*linear layers:.* \([0-9.]*\) bits per weight.*/\1/p')
-  rows+=("$(printf '%-34s %11s %11s %9s %10s' "$name" "$perplexity" "$size" "$bits" "$speed")")
-  echo "$name: perplexity $perplexity"
+  rows+=("$(printf "$row" "$name" "$perplexity" "$change" "$size" "$bits" "$speed")")
+  echo "$name: perplexity $perplexity ($change)"
 }
 # quantise NAME OPTIONS...
 quantise() {
@@ -72,24 +76,27 @@ quantise() {
   step "$name"
   rm -rf "${work:?}/models/$name"
   "$llm" quantize --model "$model" --out "$work/models/$name" --threads "$threads" \
-    --calibration "$work/text/calibration.txt" --samples "$samples" --seq-len "$seq_len" "$@"
+    --calibration "$work/text/calibration.txt" --samples "$samples" --seq-len "$seq_len" \
+    --act-order "$@"
   evaluate "$name" "$work/models/$name"
 }
 
 mkdir -p "$work/models"
 step "FP16"
 evaluate "FP16" "$model"
-quantise "RTN-4bit" --method rtn --weak-columns 0 --search minmax
-quantise "OPTQ-4bit" --weak-columns 0
+quantise "RTN-4bit-g128" --method rtn --weak-columns 0 --search minmax
+quantise "OPTQ-4bit-g128" --weak-columns 0
 quantise "OWQ-4bit-per-channel-k16" --group-size -1 --reorder off --selection hessian_perturbation
 quantise "QEFT-4bit-g128-k16"
-quantise "OPTQ-3bit" --bits 3 --weak-columns 0
+quantise "RTN-3bit-g128" --method rtn --weak-columns 0 --search minmax --bits 3
+quantise "OPTQ-3bit-g128" --bits 3 --weak-columns 0
 quantise "QEFT-3bit-g128-k16" --bits 3
 
 step "Result"
-printf '%-34s %11s %11s %9s %10s\n' "model" "perplexity" "size (MiB)" "bits/w" "tokens/s"
+printf "$row\n" model perplexity change MiB bits/w tokens/s
 printf '%s\n' "${rows[@]}"
 printf '\nQEFT, 4 bits, answers "%s":\n' "$prompt"
-cat "$work/QEFT-4bit-g128-k16.txt"
+"$llm" generate --model "$work/models/QEFT-4bit-g128-k16" --chat --prompt "$prompt" \
+  --max-tokens 96 --temperature 0 --threads "$threads" 2>/dev/null
 printf '\nDone in %d:%02d. Models and logs are in %s.\n' $(((SECONDS - started) / 60)) \
   $(((SECONDS - started) % 60)) "$work"

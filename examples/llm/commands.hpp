@@ -15,8 +15,9 @@ struct generate_options {
   qeft::index_t max_tokens = 128;
   float temperature = 0;  // 0 is greedy
   std::uint64_t seed = 0;
-  bool chat = false;  // wrap the prompt as a ChatML turn
-  int threads = 0;    // 0: one per hardware thread
+  bool chat = false;        // wrap the prompt as a ChatML turn
+  bool ignore_eos = false;  // go on to max_tokens
+  int threads = 0;          // 0: one per hardware thread
 };
 
 struct perplexity_options {
@@ -31,9 +32,9 @@ struct perplexity_options {
 /// and throws qeft::error.
 int run_generate(const generate_options& options);
 
-/// exp of the mean negative log-likelihood over windows of seq_len tokens that tile the text; the
-/// first token of a window has no context and is not counted. The last line on stdout is
-/// `perplexity X tokens N`.
+/// exp of the mean negative log-likelihood over windows of seq_len tokens that tile the text (see
+/// text_windows). Without a prefix the first token of a window has no context and is not counted.
+/// The last line on stdout is `perplexity X tokens N`.
 int run_perplexity(const perplexity_options& options);
 
 /// A table of a model's linear layers.

@@ -37,7 +37,15 @@ int sample(std::vector<float>& logits, float temperature, std::mt19937_64& rng) 
 }
 
 std::vector<int> encode_prompt(const tokenizer& tok, const generate_options& o) {
-  if (!o.chat) return tok.encode(o.prompt, /*parse_special=*/true);
+  if (!o.chat) {
+    std::vector<int> ids = tok.encode(o.prompt, /*parse_special=*/true);
+    // Unless it was written out.
+    const std::vector<int>& prefix = tok.prefix();
+    const bool has_prefix =
+        ids.size() >= prefix.size() && std::equal(prefix.begin(), prefix.end(), ids.begin());
+    if (!has_prefix) ids.insert(ids.begin(), prefix.begin(), prefix.end());
+    return ids;
+  }
   if (!tok.id_of("<|im_start|>") || !tok.id_of("<|im_end|>")) {
     fail(errc::unsupported,
          "generate: --chat needs a tokenizer with <|im_start|> and <|im_end|> (ChatML)");
@@ -55,8 +63,8 @@ std::vector<int> encode_prompt(const tokenizer& tok, const generate_options& o) 
 
 int run_generate(const generate_options& o) {
   if (o.max_tokens < 1) {
-    fail(errc::invalid_argument, "generate: --max-tokens is " + std::to_string(o.max_tokens) +
-                                     ", but must be positive");
+    fail(errc::invalid_argument,
+         "generate: --max-tokens is " + std::to_string(o.max_tokens) + ", but must be positive");
   }
   if (!(o.temperature >= 0) || !std::isfinite(o.temperature)) {
     fail(errc::invalid_argument, "generate: --temperature is " + std::to_string(o.temperature) +
@@ -87,7 +95,7 @@ int run_generate(const generate_options& o) {
     const int next = sample(logits, o.temperature, rng);
     ++generated;
     const auto& ends = config.eos_token_ids;
-    if (std::find(ends.begin(), ends.end(), next) != ends.end()) break;
+    if (!o.ignore_eos && std::find(ends.begin(), ends.end(), next) != ends.end()) break;
     std::fputs(decoder.next(next).c_str(), stdout);
     std::fflush(stdout);
     if (generated == o.max_tokens || model.position() == config.max_position_embeddings) break;
@@ -96,9 +104,10 @@ int run_generate(const generate_options& o) {
   }
   std::printf("%s\n", decoder.finish().c_str());
 
-  const auto seconds = [](auto duration) { return std::chrono::duration<double>(duration).count(); };
-  std::fprintf(stderr,
-               "prefill %.1f tokens/s (%lld tokens), decode %.1f tokens/s (%lld tokens)\n",
+  const auto seconds = [](auto duration) {
+    return std::chrono::duration<double>(duration).count();
+  };
+  std::fprintf(stderr, "prefill %.1f tokens/s (%lld tokens), decode %.1f tokens/s (%lld tokens)\n",
                static_cast<double>(prompt_tokens) / seconds(prefilled - start),
                static_cast<long long>(prompt_tokens),
                static_cast<double>(decoded) / seconds(clock::now() - prefilled),

@@ -28,7 +28,7 @@ void add_common(CLI::App& command, std::string& model, int& threads, std::string
 void add_quantize(CLI::App& command, quantize_options& o, std::string& device) {
   add_common(command, o.model, o.threads, device);
   command.add_option("--out", o.out, "directory to write")->required();
-  command.add_option("--calibration", o.calibration, "text file of calibration data")->required();
+  command.add_option("--calibration", o.calibration, "text file of calibration data");
   command.add_option("--bits", o.bits, "bits per code")
       ->check(CLI::IsMember({2, 3, 4, 8}))
       ->capture_default_str();
@@ -102,6 +102,8 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   generate_command->add_option("--seed", generate.seed)->capture_default_str();
   generate_command->add_flag("--chat", generate.chat, "the prompt is a question to a chat model");
+  generate_command->add_flag("--ignore-eos", generate.ignore_eos,
+                             "do not stop at the end of the text, e.g. to measure the speed");
 
   perplexity_options perplexity;
   CLI::App* perplexity_command = app.add_subcommand("perplexity", "measure a model on a text");

@@ -1,18 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // `qeft-llm perplexity`.
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
-#include <fstream>
-#include <iterator>
 #include <vector>
 
 #include "commands.hpp"
 #include "elementwise.hpp"
 #include "llama.hpp"
 #include "progress.hpp"
+#include "text_windows.hpp"
 #include "tokenizer.hpp"
 
 namespace qeft_llm {
@@ -43,32 +40,27 @@ int run_perplexity(const perplexity_options& o) {
     fail(errc::invalid_argument,
          "perplexity: --seq-len is " + std::to_string(o.seq_len) + ", but must be at least 2");
   }
-  std::ifstream file(o.text, std::ios::binary);
-  if (!file) fail(errc::io_error, "text file " + o.text + ": " + std::strerror(errno));
-  const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-
   const qeft::on_host exec(o.threads);
   const model_source source(o.model);
   llama_model model(exec, source);
   const model_config& config = model.config();
-  const std::vector<int> ids =
-      tokenizer::from_file(o.model + "/tokenizer.json").encode(text, /*parse_special=*/false);
-  index_t windows = static_cast<index_t>(ids.size()) / o.seq_len;
-  if (o.tokens > 0) windows = std::min(windows, qeft::ceil_div(o.tokens, o.seq_len));
-  if (windows == 0) {
-    fail(errc::invalid_argument, "perplexity: " + o.text + " holds " + std::to_string(ids.size()) +
-                                     " tokens, but a window needs " + std::to_string(o.seq_len));
+  const tokenizer tok = tokenizer::from_file(o.model + "/tokenizer.json");
+  auto windows = text_windows(tok, o.text, o.seq_len, 1, "text file");
+  if (o.tokens > 0) {
+    const auto wanted = static_cast<std::size_t>(qeft::ceil_div(o.tokens, o.seq_len));
+    windows.resize(std::min(windows.size(), wanted));
   }
+  // A prefix is context, not text to predict.
+  const index_t context = std::max<index_t>(1, static_cast<index_t>(tok.prefix().size()));
 
   double total = 0;
   std::vector<float> logits(static_cast<std::size_t>(logit_rows * config.vocab_size));
   {
-    progress bar("perplexity", windows);
-    for (index_t w = 0; w < windows; ++w) {
-      const std::vector<int> window(ids.begin() + w * o.seq_len, ids.begin() + (w + 1) * o.seq_len);
+    progress bar("perplexity", static_cast<index_t>(windows.size()));
+    for (const std::vector<int>& window : windows) {
       model.reset(o.seq_len);
       const std::vector<float>& normed = model.forward(window);
-      for (index_t t = 0; t < o.seq_len - 1; t += logit_rows) {
+      for (index_t t = context - 1; t < o.seq_len - 1; t += logit_rows) {
         const index_t rows = std::min(logit_rows, o.seq_len - 1 - t);
         model.logits(normed.data() + t * config.hidden_size, rows, logits.data());
         std::vector<double> nll(static_cast<std::size_t>(rows));
@@ -84,7 +76,10 @@ int run_perplexity(const perplexity_options& o) {
       bar.advance();
     }
   }
-  const index_t counted = windows * (o.seq_len - 1);
+  const index_t counted = static_cast<index_t>(windows.size()) * (o.seq_len - context);
+  if (!std::isfinite(total)) {
+    fail(errc::not_finite, "perplexity: the model's logits are not finite");
+  }
   std::printf("perplexity %.4f tokens %lld\n", std::exp(total / static_cast<double>(counted)),
               static_cast<long long>(counted));
   return 0;

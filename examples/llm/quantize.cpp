@@ -14,7 +14,6 @@
 #include <utility>
 #include <vector>
 
-#include "calibration.hpp"
 #include "elementwise.hpp"
 #include "gradient.hpp"
 #include "llama.hpp"
@@ -26,6 +25,8 @@
 #include "qeft/reorder/weak_selection.hpp"
 #include "qeft/solver/hessian.hpp"
 #include "qeft/solver/quantize_layer.hpp"
+#include "sample_store.hpp"
+#include "text_windows.hpp"
 #include "tokenizer.hpp"
 
 namespace qeft_llm {
@@ -115,8 +116,10 @@ class quantizer {
     const output_directory out(o_.out);
     scratch_ = out.partial().string();
     if (needs_calibration()) {
-      windows_ = calibration_windows(tokenizer::from_file(o_.model + "/tokenizer.json"),
-                                     o_.calibration, o_.samples, o_.seq_len, o_.seed);
+      const tokenizer tok = tokenizer::from_file(o_.model + "/tokenizer.json");
+      windows_ = draw_windows(
+          text_windows(tok, o_.calibration, o_.seq_len, o_.samples, "calibration file"),
+          o_.samples, o_.seed);
     }
     if (o_.weak_columns > 0 && o_.weak_columns_from.empty()) {
       if (o_.selection == column_selection::gradient) find_gradients();

@@ -207,7 +207,7 @@ TEST_CASE("quantising leaves nothing behind when it fails") {
   CHECK_THROWS_WITH(run_quantize(o), contains("--weak-columns is 97"));
   o.weak_columns = 8;
   o.samples = 1000;
-  CHECK_THROWS_WITH(run_quantize(o), contains("1000 samples of 64 tokens need 64000"));
+  CHECK_THROWS_WITH(run_quantize(o), contains("1000 windows of 64 tokens need 64000"));
   o.samples = 6;
   CHECK_FALSE(std::filesystem::exists(dir.path() / "out"));
   CHECK_FALSE(std::filesystem::exists(dir.path() / "out.partial"));

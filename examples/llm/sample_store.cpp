@@ -1,55 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "calibration.hpp"
+#include "sample_store.hpp"
 
 #include <fcntl.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <fstream>
-#include <iterator>
-#include <random>
 
 #include "qeft/core/status.hpp"
-#include "tokenizer.hpp"
 
 namespace qeft_llm {
 
 using qeft::errc;
 using qeft::fail;
 using qeft::index_t;
-
-std::vector<std::vector<int>> calibration_windows(const tokenizer& tok, const std::string& file,
-                                                  index_t count, index_t seq_len,
-                                                  std::uint64_t seed) {
-  std::ifstream in(file, std::ios::binary);
-  if (!in) {
-    fail(errc::io_error, "calibration file " + file + ": " + std::strerror(errno));
-  }
-  const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  const std::vector<int> tokens = tok.encode(text, /*parse_special=*/false);
-  const index_t available = static_cast<index_t>(tokens.size()) / seq_len;
-  if (available < count) {
-    fail(errc::invalid_argument, "calibration file " + file + " holds " +
-                                     std::to_string(tokens.size()) + " tokens, but " +
-                                     std::to_string(count) + " samples of " +
-                                     std::to_string(seq_len) + " tokens need " +
-                                     std::to_string(count * seq_len));
-  }
-  // Draw `count` of the windows that tile the text. std::shuffle is not the same everywhere, so the
-  // draw is spelled out.
-  std::vector<index_t> window(static_cast<std::size_t>(available));
-  for (std::size_t i = 0; i < window.size(); ++i) window[i] = static_cast<index_t>(i);
-  std::mt19937_64 rng(seed);
-  std::vector<std::vector<int>> result;
-  for (std::size_t i = 0; i < static_cast<std::size_t>(count); ++i) {
-    std::swap(window[i], window[i + rng() % (window.size() - i)]);
-    const auto first = tokens.begin() + window[i] * seq_len;
-    result.emplace_back(first, first + seq_len);
-  }
-  return result;
-}
 
 sample_store::sample_store(const std::string& directory, index_t samples, index_t sample_size)
     : samples_(samples), sample_size_(sample_size), file_(-1) {
@@ -63,8 +27,8 @@ sample_store::sample_store(const std::string& directory, index_t samples, index_
   if (::ftruncate(file_, static_cast<off_t>(samples * sample_size) * 4) != 0) {
     const int cause = errno;
     ::close(file_);
-    fail(errc::io_error, "cannot size the file for activations in " + directory + ": " +
-                             std::strerror(cause));
+    fail(errc::io_error,
+         "cannot size the file for activations in " + directory + ": " + std::strerror(cause));
   }
 }
 

@@ -1,23 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Calibration text as token windows, and activations of all windows kept outside of memory.
+// Activations of all calibration samples, kept outside of memory.
 #pragma once
 
-#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "qeft/core/config.hpp"
 
 namespace qeft_llm {
-
-class tokenizer;
-
-/// `count` windows of `seq_len` tokens at random, non-overlapping places of a text.
-/// The choice depends on the text, the sizes and `seed` alone.
-/// @throws qeft::error when the file cannot be read or holds too few tokens
-std::vector<std::vector<int>> calibration_windows(const tokenizer& tok, const std::string& file,
-                                                  qeft::index_t count, qeft::index_t seq_len,
-                                                  std::uint64_t seed);
 
 /// Activations of all calibration samples, in an unlinked file, so that only the sample at work is
 /// resident (the paper's Table 11). All samples have the same size.
