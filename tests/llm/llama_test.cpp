@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The decoder against a forward pass in double, written here on its own, and against `transformers`
-// where compare_transformers.py has left its results.
+// The decoder against a forward pass in double, and against `transformers` where
+// compare_transformers.py has left its results.
 #include "llama.hpp"
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 #include "elementwise.hpp"
 #include "qeft/io/checkpoint.hpp"
 #include "qeft/io/safetensors.hpp"
+#include "reference_model.hpp"
 #include "support/cases.hpp"
 #include "support/catch.hpp"
 #include "support/skip.hpp"
@@ -28,66 +29,32 @@ using qeft::io::dtype;
 
 namespace {
 
-using values = std::vector<double>;
-
-/// The config of a small model, with these keys replaced.
-json tiny(const json& changes = json::object()) {
-  json config = {{"architectures", {"LlamaForCausalLM"}},
-                 {"model_type", "llama"},
-                 {"hidden_act", "silu"},
-                 {"hidden_size", 48},
-                 {"intermediate_size", 80},
-                 {"num_hidden_layers", 3},
-                 {"num_attention_heads", 6},
-                 {"num_key_value_heads", 2},
-                 {"head_dim", 8},
-                 {"vocab_size", 101},
-                 {"max_position_embeddings", 128},
-                 {"rms_norm_eps", 1e-5},
-                 {"rope_theta", 10000.0},
-                 {"tie_word_embeddings", true}};
-  config.update(changes);
-  return config;
-}
-
 /// A model directory of random tensors, FP16 or quantised, and the same numbers in memory.
-struct random_model {
-  model_config config;
-  std::map<std::string, values> tensors;
+struct random_model : reference_model {
   temporary_directory directory;
 
   /// @param quantised the linears, by name without ".weight", to write as quantised layers
   random_model(json source, std::uint64_t seed,
                std::map<std::string, qeft::matrix_descriptor> quantised = {})
-      : config(parse_config(source, "tiny")) {
+      : reference_model{parse_config(source, "tiny"), {}} {
+    tensors = random_tensors(config, dtype::f16, seed);
     random_source random(seed);
     std::map<std::string, packed_matrix> packed;
     qeft::io::safetensors_writer writer;
     for (const tensor_spec& spec : expected_tensors(config)) {
       const std::string name = spec.name.substr(0, spec.name.rfind('.'));
-      const bool is_matrix = spec.shape.size() == 2;
-      const auto layer = is_matrix ? quantised.find(name) : quantised.end();
-      if (layer != quantised.end()) {
-        layer->second.out_channels = spec.shape[0];
-        layer->second.in_channels = spec.shape[1];
-        const plain_layer plain = random_layer(layer->second, random);
-        const std::vector<float> weights = weights_of(plain);
-        tensors[spec.name].assign(weights.begin(), weights.end());
-        const auto at = packed.emplace(name, pack<qeft::layout::row_packed>(plain)).first;
-        qeft::io::add_linear(writer, name, at->second, plain.weak_columns);
+      const auto layer = quantised.find(name);
+      if (layer == quantised.end() || spec.shape.size() == 1) {
+        add_tensor(writer, spec, tensors.at(spec.name), dtype::f16);
         continue;
       }
-      const double mean = spec.name.find("norm") != std::string::npos ? 1.0 : 0.0;
-      const double scale = is_matrix ? 1.5 / std::sqrt(static_cast<double>(spec.shape[1])) : 0.3;
-      const index_t count = spec.shape[0] * (is_matrix ? spec.shape[1] : 1);
-      std::vector<std::byte> bytes(static_cast<std::size_t>(2 * count));
-      for (index_t i = 0; i < count; ++i) {
-        const auto x = static_cast<float>(random.real() * scale + mean);
-        const auto half = qeft::from_float<qeft::half_bits>(x);
-        std::memcpy(bytes.data() + 2 * i, &half.bits, 2);
-        tensors[spec.name].push_back(static_cast<double>(qeft::to_float(half)));
-      }
-      writer.add(spec.name, dtype::f16, spec.shape, std::move(bytes));
+      layer->second.out_channels = spec.shape[0];
+      layer->second.in_channels = spec.shape[1];
+      const plain_layer plain = random_layer(layer->second, random);
+      const std::vector<float> weights = weights_of(plain);
+      tensors.at(spec.name).assign(weights.begin(), weights.end());
+      const auto at = packed.emplace(name, pack<qeft::layout::row_packed>(plain)).first;
+      qeft::io::add_linear(writer, name, at->second, plain.weak_columns);
     }
     if (!quantised.empty()) {
       qeft::io::quantization_config q;
@@ -98,105 +65,7 @@ struct random_model {
     write_all(directory / "config.json", source.dump());
   }
 
-  values linear(const std::string& name, const values& x) const {
-    const values& w = tensors.at(name + ".weight");
-    const auto bias = tensors.find(name + ".bias");
-    values y(w.size() / x.size(), 0.0);
-    for (std::size_t n = 0; n < y.size(); ++n) {
-      for (std::size_t c = 0; c < x.size(); ++c) y[n] += w[n * x.size() + c] * x[c];
-      if (bias != tensors.end()) y[n] += bias->second[n];
-    }
-    return y;
-  }
-  values norm(const std::string& name, const values& x) const {
-    double squares = 0;
-    for (const double v : x) squares += v * v;
-    const double root = std::sqrt(squares / static_cast<double>(x.size()) + config.rms_norm_eps);
-    values y = x;
-    for (std::size_t c = 0; c < x.size(); ++c) y[c] *= tensors.at(name + ".weight")[c] / root;
-    return y;
-  }
-  void rotate(values& x, index_t position) const {
-    const auto dim = static_cast<std::size_t>(config.head_dim);
-    for (std::size_t head = 0; head < x.size(); head += dim) {
-      for (std::size_t i = 0; i < dim / 2; ++i) {
-        const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(dim);
-        const double angle = static_cast<double>(position) *
-                             std::pow(config.rope.theta, exponent) / config.rope.factor;
-        const double a = x[head + i];
-        const double b = x[head + i + dim / 2];
-        x[head + i] = a * std::cos(angle) - b * std::sin(angle);
-        x[head + i + dim / 2] = a * std::sin(angle) + b * std::cos(angle);
-      }
-    }
-  }
-
-  /// Logits of every token, (tokens, vocabulary).
-  values logits(const std::vector<int>& tokens) const {
-    const auto dim = static_cast<std::size_t>(config.head_dim);
-    const auto heads = static_cast<std::size_t>(config.num_attention_heads);
-    const auto group = heads / static_cast<std::size_t>(config.num_key_value_heads);
-    const auto hidden = static_cast<std::size_t>(config.hidden_size);
-    std::vector<values> stream;
-    for (const int token : tokens) {
-      const auto row = tensors.at("model.embed_tokens.weight").begin() +
-                       static_cast<std::ptrdiff_t>(token) * config.hidden_size;
-      stream.emplace_back(row, row + config.hidden_size);
-    }
-    for (index_t l = 0; l < config.num_hidden_layers; ++l) {
-      const std::string block = "model.layers." + std::to_string(l) + ".";
-      std::vector<values> k;
-      std::vector<values> v;
-      for (std::size_t t = 0; t < stream.size(); ++t) {
-        values& x = stream[t];
-        values in = norm(block + "input_layernorm", x);
-        values q = linear(block + "self_attn.q_proj", in);
-        k.push_back(linear(block + "self_attn.k_proj", in));
-        v.push_back(linear(block + "self_attn.v_proj", in));
-        rotate(q, static_cast<index_t>(t));
-        rotate(k.back(), static_cast<index_t>(t));
-        const auto window = static_cast<std::size_t>(config.sliding_window);
-        const std::size_t begin = window > 0 && t + 1 > window ? t + 1 - window : 0;
-        values mixed(heads * dim, 0.0);
-        for (std::size_t h = 0; h < heads; ++h) {
-          const std::size_t kv = h / group * dim;
-          double total = 0;
-          for (std::size_t s = begin; s <= t; ++s) {
-            double score = 0;
-            for (std::size_t d = 0; d < dim; ++d) score += q[h * dim + d] * k[s][kv + d];
-            const double weight = std::exp(score / std::sqrt(static_cast<double>(dim)));
-            total += weight;
-            for (std::size_t d = 0; d < dim; ++d) mixed[h * dim + d] += weight * v[s][kv + d];
-          }
-          for (std::size_t d = 0; d < dim; ++d) mixed[h * dim + d] /= total;
-        }
-        const values attended = linear(block + "self_attn.o_proj", mixed);
-        for (std::size_t c = 0; c < hidden; ++c) x[c] += attended[c];
-        in = norm(block + "post_attention_layernorm", x);
-        values inner = linear(block + "mlp.gate_proj", in);
-        const values up = linear(block + "mlp.up_proj", in);
-        for (std::size_t c = 0; c < inner.size(); ++c) {
-          inner[c] = inner[c] / (1 + std::exp(-inner[c])) * up[c];
-        }
-        const values down = linear(block + "mlp.down_proj", inner);
-        for (std::size_t c = 0; c < hidden; ++c) x[c] += down[c];
-      }
-    }
-    values all;
-    for (const values& x : stream) {
-      const values y = linear(config.tie_word_embeddings ? "model.embed_tokens" : "lm_head",
-                              norm("model.norm", x));
-      all.insert(all.end(), y.begin(), y.end());
-    }
-    return all;
-  }
-
-  std::vector<int> tokens(std::size_t count) const {
-    random_source random(count);
-    std::vector<int> ids(count);
-    for (int& id : ids) id = static_cast<int>(random.integer(0, config.vocab_size - 1));
-    return ids;
-  }
+  std::vector<int> tokens(std::size_t count) const { return random_tokens(config, count, count); }
   llama_model model(int threads = 2) const {
     return {qeft::on_host(threads), model_source(directory.path())};
   }
@@ -219,30 +88,17 @@ std::vector<float> logits_in_pieces(llama_model model, const std::vector<int>& t
   return all;
 }
 
-/// The largest ||actual - expected|| / ||expected|| of a token.
-template <class T>
-double worst_error(const std::vector<float>& actual, const std::vector<T>& expected,
-                   index_t vocabulary) {
-  REQUIRE(actual.size() == expected.size());
+/// Of a sequence in one piece, token by token, and in uneven pieces.
+double worst_error_of(const random_model& m) {
+  const std::vector<int> tokens = m.tokens(70);
+  const std::vector<double> expected = m.logits(tokens);
+  const std::vector<index_t> cuts[] = {{70}, std::vector<index_t>(70, 1), {33, 33, 4}};
   double worst = 0;
-  for (std::size_t i = 0; i < actual.size();) {
-    double difference = 0;
-    double norm = 0;
-    for (index_t v = 0; v < vocabulary; ++v, ++i) {
-      const auto e = static_cast<double>(expected[i]);
-      const double d = static_cast<double>(actual[i]) - e;
-      difference += d * d;
-      norm += e * e;
-    }
-    worst = std::max(worst, std::sqrt(difference / norm));
+  for (const std::vector<index_t>& pieces : cuts) {
+    const std::vector<float> logits = logits_in_pieces(m.model(), tokens, pieces);
+    worst = std::max(worst, worst_error(logits, expected, m.config.vocab_size));
   }
   return worst;
-}
-
-double error_of(const random_model& m) {
-  const std::vector<int> tokens = m.tokens(70);
-  return worst_error(logits_in_pieces(m.model(), tokens, {70}), m.logits(tokens),
-                     m.config.vocab_size);
 }
 
 }  // namespace
@@ -254,15 +110,27 @@ TEST_CASE("the decoder computes what its definition says", "[llm]") {
       {{"tie_word_embeddings", false}},
       {{"num_key_value_heads", 6}},
       {{"num_key_value_heads", 1}, {"head_dim", 40}, {"num_attention_heads", 2}},
-      {{"model_type", "qwen2"}, {"architectures", {"Qwen2ForCausalLM"}}},
-      {{"model_type", "mistral"},
-       {"architectures", {"MistralForCausalLM"}},
-       {"sliding_window", 35}},
+      {{"model_type", "qwen2"}},
+      {{"model_type", "qwen2"},
+       {"tie_word_embeddings", false},
+       {"hidden_size", 96},
+       {"intermediate_size", 160},
+       {"head_dim", 16},
+       {"vocab_size", 256}},
+      {{"model_type", "mistral"}, {"sliding_window", 35}},
       {{"rope_scaling", {{"rope_type", "linear"}, {"factor", 4.0}}}},
+      // One pair of a head keeps its frequency, one is on the ramp, two are divided.
+      {{"rope_theta", 1000.0},
+       {"rope_scaling",
+        {{"rope_type", "llama3"},
+         {"factor", 8.0},
+         {"low_freq_factor", 1.0},
+         {"high_freq_factor", 4.0},
+         {"original_max_position_embeddings", 64}}}},
   };
   for (const json& changes : variants) {
     CAPTURE(changes.dump());
-    CHECK(error_of(random_model(tiny(changes), 1)) < 2e-6);
+    CHECK(worst_error_of(random_model(tiny_config(changes), 1)) < 2e-6);
   }
 }
 
@@ -276,24 +144,23 @@ TEST_CASE("quantised layers of every placement run in the decoder", "[llm]") {
     d.heads = heads;
     return d;
   };
-  const random_model m(tiny(), 5,
-                       {{linear_name(0, linear_kind::q), format(4, qeft::weak_kind::tail, 8)},
-                        {linear_name(0, linear_kind::o), format(4, qeft::weak_kind::indexed, 5)},
-                        {linear_name(1, linear_kind::o),
-                         format(3, qeft::weak_kind::per_head, 12, 6)},
-                        {linear_name(1, linear_kind::v), format(8, qeft::weak_kind::none, 0)},
-                        {linear_name(2, linear_kind::gate), format(2, qeft::weak_kind::tail, 48)},
-                        {linear_name(2, linear_kind::down),
-                         format(3, qeft::weak_kind::indexed, 16)}});
-  CHECK(error_of(m) < 2e-6);
+  const random_model m(
+      tiny_config(), 5,
+      {{linear_name(0, linear_kind::q), format(4, qeft::weak_kind::tail, 8)},
+       {linear_name(0, linear_kind::o), format(4, qeft::weak_kind::indexed, 5)},
+       {linear_name(1, linear_kind::o), format(3, qeft::weak_kind::per_head, 12, 6)},
+       {linear_name(1, linear_kind::v), format(8, qeft::weak_kind::none, 0)},
+       {linear_name(2, linear_kind::gate), format(2, qeft::weak_kind::tail, 48)},
+       {linear_name(2, linear_kind::down), format(3, qeft::weak_kind::indexed, 16)}});
+  CHECK(worst_error_of(m) < 2e-6);
 }
 
 TEST_CASE("a sequence gives the same bits however it is cut and however many threads", "[llm]") {
   for (const index_t window : {0, 21}) {
     const random_model m(
-        tiny({{"model_type", "mistral"},
-              {"sliding_window", window == 0 ? json(nullptr) : json(window)},
-              {"head_dim", 40}}),
+        tiny_config({{"model_type", "mistral"},
+                     {"sliding_window", window == 0 ? json(nullptr) : json(window)},
+                     {"head_dim", 40}}),
         3);
     const std::vector<int> tokens = m.tokens(70);
     const std::vector<float> whole = logits_in_pieces(m.model(1), tokens, {70});
@@ -304,11 +171,12 @@ TEST_CASE("a sequence gives the same bits however it is cut and however many thr
     CHECK(same(1, {1, 40, 3, 26}));
     CHECK(same(2, {70}));
     CHECK(same(3, {37, 33}));
+    CHECK(same(5, {50, 20}));
   }
 }
 
 TEST_CASE("the tap sees the input of every linear", "[llm]") {
-  const random_model m(tiny(), 7);
+  const random_model m(tiny_config(), 7);
   llama_model model = m.model();
   model.reset(9);
   std::map<linear_kind, int> seen;
@@ -321,10 +189,20 @@ TEST_CASE("the tap sees the input of every linear", "[llm]") {
   for (const linear_kind kind : all_linears) CHECK(seen[kind] == 3);
 }
 
+TEST_CASE("sequences that do not fit and unknown tokens are refused", "[llm]") {
+  llama_model model = random_model(tiny_config(), 7).model();
+  CHECK_THROWS_WITH(model.reset(129), contains("max_position_embeddings is 128"));
+  CHECK_THROWS_AS(model.reset(0), qeft::error);
+  model.reset(3);
+  CHECK_THROWS_WITH(model.forward({1, 2, 3, 4}), contains("room for 3"));
+  CHECK_THROWS_WITH(model.forward({101}), contains("n is 101"));
+  CHECK_THROWS_AS(model.forward({-1}), qeft::error);
+}
+
 TEST_CASE("full-precision tensors that FP16 cannot hold are refused", "[llm]") {
   const auto refused = [](std::vector<float> x) {
-    const qeft::io::tensor_view t{"w", dtype::f32, {1, 2},
-                                  {reinterpret_cast<const std::byte*>(x.data()), 8}};
+    const qeft::io::tensor_view t{
+        "w", dtype::f32, {1, 2}, {reinterpret_cast<const std::byte*>(x.data()), 8}};
     return catch_error([&] { full_precision("w", t, 1, 2); });
   };
   CHECK(refused({1, 65504}).code == errc::ok);
