@@ -29,9 +29,10 @@ void dot_codes_int8(const std::uint32_t* const* codes, index_t column_tiles, con
   array<typename Isa::words, Tiles * per_tile> sum;
   unroll<Tiles * per_tile>([&](auto v) QEFT_INLINE_LAMBDA { sum[v] = Isa::zero_words(); });
   for (index_t t = 0; t < column_tiles; ++t, x += tile_columns) {
-    for (int i = 0; i < Tiles; ++i) prefetch_tile<Isa>(codes[i] + t * tile_words, tile_words);
     unroll<Tiles * per_tile>([&](auto v) QEFT_INLINE_LAMBDA {
-      const std::uint32_t* row = codes[v / per_tile] + t * tile_words + v % per_tile * Isa::lanes;
+      const std::uint32_t* tile = codes[v / per_tile] + t * tile_words;
+      const std::uint32_t* row = tile + v % per_tile * Isa::lanes;
+      prefetch_part<Isa, v % per_tile, per_tile>(tile, tile_words);
       unroll<fields::halves>([&](auto half) QEFT_INLINE_LAMBDA {
         auto bytes = Isa::zero_sums();
         unroll<fields::quads>([&](auto q) QEFT_INLINE_LAMBDA {
