@@ -46,7 +46,11 @@ inline qeft::matrix_descriptor describe(const shape& s, int bits, index_t group_
 inline qeft::quantized_matrix<> random_matrix(const qeft::matrix_descriptor& d,
                                               std::uint64_t seed = 1) {
   std::mt19937_64 rng(seed);
-  qeft::quantized_matrix<> m(d);
+  std::vector<std::int32_t> weak_index;
+  for (index_t j = 0; d.weak == qeft::weak_kind::indexed && j < d.weak_columns; ++j) {
+    weak_index.push_back(static_cast<std::int32_t>(j * d.in_channels / d.weak_columns));
+  }
+  qeft::quantized_matrix<> m(d, weak_index);
   // Dense rows of 4-bit codes fill whole words at these sizes; the last word of other widths is
   // masked by kernels through zero activations.
   const auto fill = [&](qeft::span<std::byte> bytes) {
