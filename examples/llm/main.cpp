@@ -87,6 +87,7 @@ void add_quantize(CLI::App& command, quantize_options& o, std::string& device) {
 int main(int argc, char** argv) {
   CLI::App app("Quantises, runs and measures language models with QEFT");
   app.require_subcommand(1);
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   std::string device = "cpu";
 
   quantize_options quantize;

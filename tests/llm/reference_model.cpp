@@ -5,6 +5,7 @@
 
 #include "qeft/core/half.hpp"
 #include "support/sweep.hpp"
+#include "unit/io/temporary_directory.hpp"
 
 namespace qeft_test {
 
@@ -215,6 +216,36 @@ void write_tensors(const std::filesystem::path& directory, const reference_model
     add_tensor(writer, spec, model.tensors.at(spec.name), type);
   }
   writer.write(directory / "model.safetensors");
+}
+
+reference_model write_small_model(const std::filesystem::path& directory, json config,
+                                  std::uint64_t seed) {
+  std::filesystem::create_directories(directory);
+  config.update({{"hidden_size", 96},
+                 {"intermediate_size", 160},
+                 {"num_hidden_layers", 2},
+                 {"head_dim", 16}});
+  config = tiny_config(config);
+  write_all(directory / "config.json", config.dump());
+
+  json letters = json::object();
+  for (int i = 0; i < 26; ++i) letters[std::string(1, static_cast<char>('a' + i))] = i;
+  const json byte_level = {{"type", "ByteLevel"}, {"add_prefix_space", false}};
+  const json tokenizer = {
+      {"added_tokens", json::array()},
+      {"pre_tokenizer", byte_level},
+      {"decoder", byte_level},
+      {"model", {{"type", "BPE"}, {"vocab", letters}, {"merges", json::array()}}}};
+  write_all(directory / "tokenizer.json", tokenizer.dump());
+
+  reference_model model{qeft_llm::parse_config(config, "tiny"), {}};
+  model.tensors = random_tensors(model.config, dtype::f16, seed);
+  for (auto& [name, tensor] : model.tensors) {
+    if (name.find("norm") == std::string::npos) continue;
+    for (std::size_t i = 7; i < tensor.size(); i += 29) tensor[i] *= 8;
+  }
+  write_tensors(directory, model, dtype::f16);
+  return model;
 }
 
 std::vector<int> random_tokens(const model_config& config, std::size_t count, std::uint64_t seed) {

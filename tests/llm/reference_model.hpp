@@ -55,6 +55,12 @@ void add_tensor(qeft::io::safetensors_writer& writer, const qeft_llm::tensor_spe
 void write_tensors(const std::filesystem::path& directory, const reference_model& model,
                    qeft::io::dtype type);
 
+/// Writes a whole model directory: two blocks with a few outlier channels, which is what weak
+/// columns are for, and a tokenizer of the letters a to z (ids 0 to 25). @param config changes
+/// tiny_config
+reference_model write_small_model(const std::filesystem::path& directory, nlohmann::json config,
+                                  std::uint64_t seed);
+
 std::vector<int> random_tokens(const qeft_llm::model_config& config, std::size_t count,
                                std::uint64_t seed);
 

@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0
+// The command qeft-llm as a user runs it: results, exit status, messages, and what stays on the
+// disk.
+#include <sys/wait.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+
+#include "qeft/io/safetensors.hpp"
+#include "reference_model.hpp"
+#include "support/catch.hpp"
+#include "support/throws.hpp"
+#include "unit/io/temporary_directory.hpp"
+
+namespace {
+
+namespace fs = std::filesystem;
+using namespace qeft_llm;
+using namespace qeft_test;
+using nlohmann::json;
+using qeft::io::dtype;
+
+struct outcome {
+  int status;        // exit status; -1 when killed by a signal
+  std::string text;  // standard output and standard error
+};
+
+/// Runs `qeft-llm ARGUMENTS` in a shell, behind `setup`.
+outcome run(const std::string& arguments, const std::string& setup = "") {
+  const std::string command = "exec 2>&1 </dev/null; " + setup + " '" QEFT_LLM "' " + arguments;
+  std::FILE* pipe = ::popen(command.c_str(), "r");
+  REQUIRE(pipe != nullptr);
+  outcome result{-1, {}};
+  char buffer[4096];
+  while (const std::size_t n = std::fread(buffer, 1, sizeof buffer, pipe)) {
+    result.text.append(buffer, n);
+  }
+  const int status = ::pclose(pipe);
+  if (WIFEXITED(status)) result.status = WEXITSTATUS(status);
+  return result;
+}
+
+std::string last_line(const std::string& text) {
+  const std::string whole = text.substr(0, text.find_last_not_of('\n') + 1);
+  return whole.substr(whole.rfind('\n') + 1);
+}
+
+/// A model, a text, and the arguments that quantise the one with the other.
+struct workplace {
+  temporary_directory dir;
+  reference_model model = write_small_model(dir / "model", json::object(), 1);
+  std::string letters;
+
+  workplace() {
+    const std::vector<int> ids = random_tokens(model.config, 4000, 3);
+    for (const int id : ids) letters += static_cast<char>('a' + id % 26);
+    write_all(dir / "text", letters);
+  }
+
+  std::string at(const std::string& name) const { return "'" + (dir / name).string() + "'"; }
+  std::string quantize(const std::string& from = "model", const std::string& to = "out") const {
+    return "quantize --model " + at(from) + " --out " + at(to) + " --calibration " + at("text") +
+           " --group-size 32 --weak-columns 8 --samples 6 --seq-len 64 --threads 2 ";
+  }
+  /// A copy of the model's directory, to be damaged.
+  fs::path copy(const std::string& name) const {
+    fs::remove_all(dir / name);
+    fs::copy(dir / "model", dir / name);
+    return dir / name;
+  }
+  /// Whether the run failed with a message of these fragments and left nothing behind.
+  bool refused(const outcome& result, std::initializer_list<const char*> fragments) const {
+    bool clean = result.status == 1 && mentions(result.text, fragments);
+    for (const std::string& name : dir.files()) {
+      if (name.rfind("out", 0) == 0 || name.find(".tmp") != std::string::npos) {
+        std::printf("left behind: %s\n", name.c_str());
+        clean = false;
+      }
+    }
+    return clean;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("quantize, inspect, perplexity and generate work on one another's results") {
+  const workplace w;
+  REQUIRE(run(w.quantize()).status == 0);
+  CHECK(w.dir.files() == std::vector<std::string>{"model", "out", "text"});
+
+  const outcome table = run("inspect " + w.at("out"));
+  CHECK(table.status == 0);
+  CHECK(mentions(table.text, {"model.layers.1.mlp.down_proj", "tail", "bits per weight"}));
+
+  // The letters are the ids, so the reference sees the windows that the command sees.
+  double loss = 0;
+  for (int window = 0; window < 5; ++window) {
+    std::vector<int> ids;
+    for (int i = 0; i < 64; ++i)
+      ids.push_back(w.letters[static_cast<std::size_t>(64 * window + i)] - 'a');
+    loss += w.model.loss(ids) / 5;
+  }
+  const outcome measured = run("perplexity --model " + w.at("model") + " --text " + w.at("text") +
+                               " --seq-len 64 --tokens 300");
+  REQUIRE(measured.status == 0);
+  double perplexity = 0;
+  int tokens = 0;
+  REQUIRE(std::sscanf(last_line(measured.text).c_str(), "perplexity %lf tokens %d", &perplexity,
+                      &tokens) == 2);
+  CHECK(tokens == 5 * 63);
+  CHECK(std::abs(perplexity / std::exp(loss) - 1) < 1e-4);
+  CHECK(run("perplexity --model " + w.at("out") + " --text " + w.at("text") + " --seq-len 64")
+            .status == 0);
+
+  std::vector<int> ids = {0, 1, 2};
+  std::string expected;
+  for (int i = 0; i < 20; ++i) {
+    const std::vector<double> logits = w.model.logits(ids);
+    const auto last = logits.end() - w.model.config.vocab_size;
+    ids.push_back(static_cast<int>(std::max_element(last, logits.end()) - last));
+    if (ids.back() < 26) expected += static_cast<char>('a' + ids.back());
+  }
+  const outcome said = run("generate --model " + w.at("model") +
+                           " --prompt abc --max-tokens 20 --ignore-eos 2>/dev/null");
+  CHECK(said.status == 0);
+  CHECK(said.text == expected + "\n");
+  CHECK(run("generate --model " + w.at("out") + " --prompt abc --temperature 0.7 --seed 5").text !=
+        run("generate --model " + w.at("out") + " --prompt abc --temperature 0.7 --seed 6").text);
+}
+
+TEST_CASE("damaged models are refused") {
+  const workplace w;
+  const auto quantize_damaged = [&] { return run(w.quantize("damaged")); };
+
+  const auto file = [&] { return w.copy("damaged") / "model.safetensors"; };
+  const auto path = file();
+  fs::resize_file(path, fs::file_size(path) / 2);
+  CHECK(w.refused(quantize_damaged(), {"model.safetensors", "data_offsets"}));
+  CHECK(run("generate --model " + w.at("damaged") + " --prompt a").status == 1);
+
+  const auto header = [&](const std::string& tensors) {
+    write_all(file(), safetensors_bytes(tensors, std::string(64, '\0')));
+    return quantize_damaged();
+  };
+  CHECK(w.refused(header(R"({"a":{"dtype":"F16","shape":[8],"data_offsets":[0,16]},)"
+                         R"("b":{"dtype":"F16","shape":[8],"data_offsets":[8,24]}})"),
+                  {"'b'", "inside its predecessor"}));
+  CHECK(w.refused(header(R"({"a":{"dtype":"F16","shape":[8],"data_offsets":[60,76]}})"),
+                  {"'a'", "data_offsets"}));
+
+  const auto rewritten = [&](const std::string& name, dtype type, bool keep) {
+    const fs::path out = file();
+    qeft::io::safetensors_writer writer;
+    for (const tensor_spec& spec : expected_tensors(w.model.config)) {
+      if (spec.name != name) {
+        add_tensor(writer, spec, w.model.tensors.at(spec.name), dtype::f16);
+      } else if (keep) {
+        std::vector<std::byte> zeros(4 * w.model.tensors.at(name).size());
+        writer.add(name, type, spec.shape, std::move(zeros));
+      }
+    }
+    writer.write(out);
+    return quantize_damaged();
+  };
+  const std::string up = "model.layers.1.mlp.up_proj.weight";
+  CHECK(w.refused(rewritten(up, dtype::i32, true), {up.c_str(), "I32"}));
+  CHECK(w.refused(rewritten(up, dtype::f32, false), {up.c_str(), "missing"}));
+
+  reference_model broken = w.model;
+  broken.tensors.at(up)[5] = NAN;
+  write_tensors(w.copy("damaged"), broken, dtype::f32);
+  CHECK(w.refused(quantize_damaged(), {up.c_str(), "not finite"}));
+  broken.tensors.at(up)[5] = 1e6;
+  write_tensors(w.copy("damaged"), broken, dtype::f32);
+  CHECK(w.refused(quantize_damaged(), {up.c_str(), "overflows FP16"}));
+
+  write_all(w.copy("damaged") / "config.json", "{\"model_type\": \"llama\"");
+  CHECK(w.refused(quantize_damaged(), {"config.json"}));
+  fs::remove(w.copy("damaged") / "tokenizer.json");
+  CHECK(w.refused(quantize_damaged(), {"tokenizer.json", "No such file"}));
+  CHECK(w.refused(run(w.quantize("nowhere")), {"nowhere", "config.json"}));
+}
+
+TEST_CASE("Hessians without rank give models without NaN") {
+  const workplace w;
+  reference_model dead = w.model;
+  for (double& x : dead.tensors.at("model.layers.0.input_layernorm.weight")) x = 0;
+  write_tensors(w.copy("dead"), dead, dtype::f16);
+  const outcome zero = run(w.quantize("dead"));
+  INFO(zero.text);
+  REQUIRE(zero.status == 0);
+  const std::string text = " --text " + w.at("text") + " --seq-len 64 --tokens 300";
+  CHECK(run("perplexity --model " + w.at("out") + text).status == 0);
+
+  // Two tokens for 96 columns, without damping to begin with.
+  const outcome singular =
+      run(w.quantize("model", "singular") + "--samples 1 --seq-len 2 --damping 0");
+  INFO(singular.text);
+  REQUIRE(singular.status == 0);
+  CHECK(mentions(singular.text, {"needed a damping of"}));
+  CHECK(run("perplexity --model " + w.at("singular") + text).status == 0);
+}
+
+TEST_CASE("outputs that cannot be written leave nothing behind") {
+  const workplace w;
+  CHECK(w.refused(run(w.quantize("model", "text/out")), {"text/out"}));
+  CHECK(w.refused(run(w.quantize("model", "model")), {"exists already"}));
+  // A disk that is full after 64 KiB.
+  CHECK(w.refused(run(w.quantize(), "ulimit -f 64; trap '' XFSZ;"), {"cannot"}));
+}
+
+TEST_CASE("options that make no sense are refused by name") {
+  const workplace w;
+  CHECK(w.refused(run(w.quantize() + "--samples 1000"), {"1000 windows of 64 tokens need 64000"}));
+  CHECK(w.refused(run(w.quantize() + "--group-size 48"), {"group_size is 48"}));
+  CHECK(w.refused(run(w.quantize() + "--weak-columns 97"), {"--weak-columns is 97"}));
+  CHECK(w.refused(run(w.quantize() + "--seq-len 129"), {"--seq-len is 129"}));
+  CHECK(w.refused(run(w.quantize() + "--damping 2"), {"damping is 2"}));
+  CHECK(w.refused(run(w.quantize() + "--device cuda"), {"--device cuda"}));
+  CHECK(run(w.quantize() + "--bits 5").status != 0);
+  CHECK(run("quantize --model " + w.at("model")).status != 0);
+  CHECK(run("").status != 0);
+
+  const std::string model = " --model " + w.at("model");
+  CHECK(w.refused(run("generate" + model + " --prompt ''"), {"prompt is empty"}));
+  CHECK(
+      w.refused(run("generate" + model + " --prompt a --temperature -1"), {"--temperature is -1"}));
+  CHECK(w.refused(run("generate" + model + " --chat --prompt a"), {"ChatML"}));
+  CHECK(w.refused(run("perplexity" + model + " --text " + w.at("none")), {"none", "No such file"}));
+  CHECK(w.refused(run("perplexity" + model + " --text " + w.at("model")), {"Is a directory"}));
+  CHECK(w.refused(run("perplexity" + model + " --text " + w.at("text") + " --seq-len 5000"),
+                  {"5000"}));
+  CHECK(w.refused(run("inspect " + w.at("nowhere")), {"nowhere"}));
+}
