@@ -38,7 +38,7 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
     # Its own AVX-512 header reads registers that it calls undefined, wherever Eigen is inlined.
     target_compile_options(qeft_development INTERFACE
-      $<$<COMPILE_LANGUAGE:CXX>:-Wno-maybe-uninitialized>)
+      "$<$<COMPILE_LANGUAGE:CXX>:-Wno-maybe-uninitialized;-Wno-uninitialized>")
   endif()
   if(QEFT_NATIVE)
     target_compile_options(qeft_development INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-march=native>)
