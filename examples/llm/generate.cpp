@@ -25,7 +25,9 @@ int sample(std::vector<float>& logits, float temperature, std::mt19937_64& rng) 
   if (temperature == 0) {
     return static_cast<int>(std::max_element(logits.begin(), logits.end()) - logits.begin());
   }
-  for (float& x : logits) x /= temperature;
+  // Relative to the largest, so that no temperature overflows.
+  const float largest = *std::max_element(logits.begin(), logits.end());
+  for (float& x : logits) x = (x - largest) / temperature;
   softmax(logits.data(), static_cast<index_t>(logits.size()));
   // 53 random bits: the same draw with every standard library.
   double left = static_cast<double>(rng() >> 11U) * 0x1p-53;
@@ -79,7 +81,8 @@ int run_generate(const generate_options& o) {
 
   const model_config& config = model.config();
   const auto prompt_tokens = static_cast<index_t>(prompt.size());
-  model.reset(std::min(prompt_tokens + o.max_tokens, config.max_position_embeddings));
+  const index_t room = config.max_position_embeddings - prompt_tokens;
+  model.reset(prompt_tokens + std::clamp<index_t>(room, 0, o.max_tokens));
   std::mt19937_64 rng(o.seed);
   std::vector<float> logits(static_cast<std::size_t>(config.vocab_size));
   streaming_decoder decoder(tok);

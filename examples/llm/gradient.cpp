@@ -36,8 +36,10 @@ void for_pieces(const qeft::on_host& exec, index_t count, const Body& body) {
 /// gradients (d_...) are (tokens, channels).
 class gradient_pass {
  public:
-  gradient_pass(const qeft::on_host& exec, const model_config& config, const hf_weights& weights)
-      : exec_(exec), config_(config), rope_(config) {
+  /// @param positions longest sample
+  gradient_pass(const qeft::on_host& exec, const model_config& config, const hf_weights& weights,
+                index_t positions)
+      : exec_(exec), config_(config), rope_(config, positions) {
     for (const tensor_spec& spec : expected_tensors(config)) {
       const std::vector<float> values = weights.read(spec.name, spec.shape);
       const index_t rows = spec.shape.size() == 2 ? spec.shape.front() : 1;
@@ -341,8 +343,12 @@ column_sensitivities gradient_sensitivity(const qeft::on_host& exec, const model
                                           const std::vector<std::vector<int>>& windows,
                                           const gradient_progress& progress) {
   index_t sample = 0;
-  for (const std::vector<int>& window : windows) check_window(config, window, sample++);
-  gradient_pass pass(exec, config, weights);
+  index_t longest = 0;
+  for (const std::vector<int>& window : windows) {
+    check_window(config, window, sample++);
+    longest = std::max(longest, static_cast<index_t>(window.size()));
+  }
+  gradient_pass pass(exec, config, weights, longest);
   sample = 0;
   for (const std::vector<int>& window : windows) {
     const double loss = pass.add(window);

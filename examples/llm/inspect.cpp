@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // `qeft-llm inspect`.
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <string>
@@ -13,13 +14,36 @@ namespace qeft_llm {
 
 using qeft::index_t;
 
+namespace {
+
+/// A number about a layer that the quantiser left in the config, or NaN.
+double recorded(const qeft::io::quantization_config& q, const std::string& layer, const char* key) {
+  const auto layers = q.provenance.find("layers");
+  if (layers == q.provenance.end() || !layers->is_object() || !layers->contains(layer)) return NAN;
+  const auto& report = layers->at(layer);
+  const auto found = report.find(key);
+  return found != report.end() && found->is_number() ? found->get<double>() : NAN;
+}
+
+/// Four digits, or a dash for NaN.
+std::string number(double x) {
+  if (std::isnan(x)) return "-";
+  char text[32];
+  std::snprintf(text, sizeof text, "%.4g", x);
+  return text;
+}
+
+}  // namespace
+
 int run_inspect(const std::string& path) {
   std::filesystem::path directory = path;
-  if (std::filesystem::is_regular_file(directory)) directory = directory.parent_path();
-  const model_config config = read_config(directory);
+  if (directory.filename() == "config.json") directory = directory.parent_path();
+  const model_source source(directory);  // also checks what the checksums tell
+  const model_config& config = source.config();
+  if (!config.quantization) source.weights().require(expected_tensors(config));
 
-  std::printf("%-36s %7s %7s %5s %6s %-10s %-9s %5s %9s %11s\n", "layer", "OC", "IC", "bits",
-              "group", "zero", "weak", "k", "bits/w", "E");
+  std::printf("%-36s %7s %7s %5s %6s %-10s %-9s %5s %9s %11s %7s\n", "layer", "OC", "IC", "bits",
+              "group", "zero", "weak", "k", "bits/w", "E", "E/RTN");
   double weights = 0;
   double bytes = 0;
   for (index_t l = 0; l < config.num_hidden_layers; ++l) {
@@ -33,25 +57,18 @@ int run_inspect(const std::string& path) {
       weights += count;
       if (d == nullptr) {
         bytes += 2 * count;
-        std::printf("%-36s %7lld %7lld %5d %6s %-10s %-9s %5s %9.3f %11s\n", name.c_str(), oc, ic,
-                    16, "-", "-", "-", "-", 16.0, "-");
+        std::printf("%-36s %7lld %7lld %5d %6s %-10s %-9s %5s %9.3f %11s %7s\n", name.c_str(), oc,
+                    ic, 16, "-", "-", "-", "-", 16.0, "-", "-");
         continue;
       }
       bytes += static_cast<double>(qeft::storage_of(*d).total());
-      // E = tr(dW H dW^T), which the quantiser recorded.
-      std::string loss = "-";
-      const auto& provenance = config.quantization->provenance;
-      const auto layers = provenance.find("layers");
-      if (layers != provenance.end() && layers->contains(name) &&
-          layers->at(name).contains("loss") && layers->at(name).at("loss").is_number()) {
-        char text[32];
-        std::snprintf(text, sizeof text, "%.4g", layers->at(name).at("loss").get<double>());
-        loss = text;
-      }
-      std::printf("%-36s %7lld %7lld %5d %6lld %-10s %-9s %5lld %9.3f %11s\n", name.c_str(), oc, ic,
-                  d->bits, static_cast<long long>(d->group_size), to_string(d->zero),
+      // E = tr(dW H dW^T) and, after --compare-rtn, that of RTN, which the quantiser recorded.
+      const double loss = recorded(*config.quantization, name, "loss");
+      const double rtn = recorded(*config.quantization, name, "rtn_loss");
+      std::printf("%-36s %7lld %7lld %5d %6lld %-10s %-9s %5lld %9.3f %11s %7s\n", name.c_str(), oc,
+                  ic, d->bits, static_cast<long long>(d->group_size), to_string(d->zero),
                   to_string(d->weak), static_cast<long long>(d->weak_columns),
-                  qeft::bits_per_weight(*d), loss.c_str());
+                  qeft::bits_per_weight(*d), number(loss).c_str(), number(loss / rtn).c_str());
     }
   }
   std::printf("linear layers: %.1f M weights, %.1f MiB, %.3f bits per weight\n", weights / 1e6,

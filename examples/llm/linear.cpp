@@ -9,6 +9,7 @@
 
 #include "qeft/container/repack.hpp"
 #include "qeft/cpu/matmul.hpp"
+#include "qeft/io/convert.hpp"
 
 namespace qeft_llm {
 
@@ -31,10 +32,10 @@ packed_matrix full_precision(const std::string& name, const qeft::io::tensor_vie
   const auto refuse = [&](index_t i, const std::string& why) {
     fail(errc::not_finite, "tensor " + name + ", element " + std::to_string(i) + ": " + why);
   };
-  if (tensor.type == qeft::io::dtype::f32) {
+  if (tensor.type == qeft::io::dtype::f32 || tensor.type == qeft::io::dtype::f64) {
+    const std::vector<float> values = qeft::io::to_floats(tensor);
     for (index_t i = 0; i < count; ++i) {
-      float x = 0;
-      std::memcpy(&x, tensor.data.data() + 4 * i, 4);
+      const float x = values[static_cast<std::size_t>(i)];
       out[i] = qeft::from_float<qeft::half_bits>(x).bits;
       if (!std::isfinite(x)) refuse(i, "not finite");
       if ((out[i] & 0x7fffU) == 0x7c00U) refuse(i, std::to_string(x) + " overflows FP16");
@@ -43,7 +44,7 @@ packed_matrix full_precision(const std::string& name, const qeft::io::tensor_vie
   }
   if (tensor.type != qeft::io::dtype::f16 && tensor.type != qeft::io::dtype::bf16) {
     fail(errc::unsupported, "tensor " + name + " is " + qeft::io::to_string(tensor.type) +
-                                ", but must be F16, BF16 or F32");
+                                ", but must be F16, BF16, F32 or F64");
   }
   std::memcpy(out, tensor.data.data(), static_cast<std::size_t>(2 * count));
   const unsigned exponent = tensor.type == qeft::io::dtype::f16 ? 0x7c00U : 0x7f80U;

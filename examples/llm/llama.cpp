@@ -64,8 +64,8 @@ std::vector<float> model_source::vector(const std::string& name, index_t size) c
   return weights_.read(name, {size});
 }
 
-rope_table::rope_table(const model_config& config) : half_(config.head_dim / 2) {
-  const index_t positions = config.max_position_embeddings;
+rope_table::rope_table(const model_config& config, index_t positions)
+    : half_(config.head_dim / 2) {
   const rope_config& rope = config.rope;
   const double pi = std::acos(-1.0);
   std::vector<double> frequency(static_cast<std::size_t>(half_));
@@ -219,7 +219,7 @@ void block_forward(const qeft::on_host& exec, const model_config& config, const 
 }
 
 llama_model::llama_model(const qeft::on_host& exec, const model_source& source)
-    : exec_(exec), config_(source.config()), rope_(config_) {
+    : exec_(exec), config_(source.config()) {
   if (!config_.quantization) source.weights().require(expected_tensors(config_));
   embedding_ = linear(
       exec, source.matrix("model.embed_tokens", config_.vocab_size, config_.hidden_size));
@@ -242,6 +242,7 @@ void llama_model::reset(index_t capacity) {
   position_ = 0;
   if (capacity == capacity_) return;
   capacity_ = capacity;
+  rope_ = rope_table(config_, capacity);
   caches_.clear();
   for (std::size_t l = 0; l < blocks_.size(); ++l) {
     caches_.emplace_back(config_.num_key_value_heads, config_.head_dim, capacity);

@@ -35,12 +35,12 @@ class model_source {
   hf_weights weights_;
 };
 
-/// cos and sin of every (position, pair); pairs are (i, i + head_dim / 2).
+/// cos and sin of (position, pair) for the first positions; pairs are (i, i + head_dim / 2).
 class rope_table {
  public:
   rope_table() = default;
-  explicit rope_table(const model_config& config);
-  /// Rotates one head, (head_dim), in place. @pre 0 <= position < max_position_embeddings
+  rope_table(const model_config& config, qeft::index_t positions);
+  /// Rotates one head, (head_dim), in place. @pre 0 <= position < positions
   void rotate(float* head, qeft::index_t position) const noexcept;
 
  private:

@@ -3,8 +3,10 @@
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <exception>
-#include <map>
+#include <new>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "commands.hpp"
 #include "qeft/core/status.hpp"
@@ -13,73 +15,100 @@
 namespace {
 
 using namespace qeft_llm;
+using qeft::solver::layer_method;
+using qeft::solver::search_method;
 
-template <class Enum>
-CLI::CheckedTransformer one_of(const std::map<std::string, Enum>& names) {
-  return CLI::CheckedTransformer(names, CLI::ignore_case);
+template <class Value>
+using choices = std::vector<std::pair<std::string, Value>>;
+
+/// An option that takes one of some names; `value` holds the default.
+template <class Value>
+void add_choice(CLI::App& command, const std::string& name, Value& value, const std::string& help,
+                const choices<Value>& all) {
+  std::vector<std::string> names;
+  std::string chosen;
+  for (const auto& [text, meaning] : all) {
+    names.push_back(text);
+    if (meaning == value) chosen = text;
+  }
+  const auto set = [&value, all](const std::string& given) {
+    for (const auto& [text, meaning] : all) {
+      if (text == given) value = meaning;
+    }
+  };
+  command.add_option_function<std::string>(name, set, help)
+      ->check(CLI::IsMember(names))
+      ->default_str(chosen);
 }
 
 void add_common(CLI::App& command, std::string& model, int& threads, std::string& device) {
   command.add_option("--model", model, "model directory (Hugging Face or QEFT)")->required();
-  command.add_option("--threads", threads, "CPU threads, 0 for all")->check(CLI::NonNegativeNumber);
-  command.add_option("--device", device, "where to run")->check(CLI::IsMember({"cpu", "cuda"}));
+  command.add_option("--threads", threads, "CPU threads, 0 for all")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command.add_option("--device", device, "where to run")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
 }
 
 void add_quantize(CLI::App& command, quantize_options& o, std::string& device) {
   add_common(command, o.model, o.threads, device);
   command.add_option("--out", o.out, "directory to write")->required();
   command.add_option("--calibration", o.calibration, "text file of calibration data");
-  command.add_option("--bits", o.bits, "bits per code")
+  command.add_option("--bits", o.layer.bits, "bits per code")
       ->check(CLI::IsMember({2, 3, 4, 8}))
       ->capture_default_str();
-  command.add_option("--group-size", o.group_size, "columns per scale, -1 for one per channel")
+  command.add_option("--group-size", o.layer.group_size, "columns per scale, -1 for one per channel")
       ->capture_default_str();
   command.add_option("--weak-columns", o.weak_columns, "k, full-precision columns per layer")
       ->capture_default_str();
-  command
-      .add_option("--weak-placement", o.o_proj_placement,
-                  "weak columns of o_proj: indexed or per_head (default indexed)")
-      ->transform(one_of<qeft::weak_kind>({{"per_head", qeft::weak_kind::per_head},
-                                           {"indexed", qeft::weak_kind::indexed}}));
-  command.add_option("--zero", o.zero, "zero points: integer, scaled or symmetric")
-      ->transform(one_of<qeft::zero_kind>({{"integer", qeft::zero_kind::integer},
-                                           {"scaled", qeft::zero_kind::scaled},
-                                           {"symmetric", qeft::zero_kind::symmetric}}));
-  command.add_option("--method", o.method, "optq or rtn")
-      ->transform(one_of<quantize_method>(
-          {{"optq", quantize_method::optq}, {"rtn", quantize_method::rtn}}));
-  command.add_option("--search", o.search, "ranges of groups: grid or minmax")
-      ->transform(one_of<range_search>(
-          {{"grid", range_search::grid}, {"minmax", range_search::minmax}}));
-  command.add_option("--steps", o.steps, "steps of the grid search")->capture_default_str();
-  command.add_option("--norm", o.norm, "p of the grid search's error |w - Q(w)|^p")
+  add_choice<qeft::weak_kind>(
+      command, "--weak-placement", o.o_proj_placement, "where the weak columns of o_proj are",
+      {{"per_head", qeft::weak_kind::per_head}, {"indexed", qeft::weak_kind::indexed}});
+  add_choice<qeft::zero_kind>(command, "--zero", o.layer.zero, "kind of zero points",
+                              {{"integer", qeft::zero_kind::integer},
+                               {"scaled", qeft::zero_kind::scaled},
+                               {"symmetric", qeft::zero_kind::symmetric}});
+  add_choice<layer_method>(command, "--method", o.layer.method, "how codes are found",
+                              {{"optq", layer_method::optq}, {"rtn", layer_method::rtn}});
+  add_choice<search_method>(command, "--search", o.layer.search.method, "ranges of groups",
+                           {{"grid", search_method::grid}, {"minmax", search_method::minmax}});
+  command.add_option("--steps", o.layer.search.steps, "steps of the grid search")->capture_default_str();
+  command.add_option("--norm", o.layer.search.norm, "p of the grid search's error |w - Q(w)|^p")
       ->capture_default_str();
-  command.add_option("--damping", o.damping, "of the Hessian, as a fraction of its mean diagonal")
+  command.add_option("--damping", o.layer.damping.damping, "of the Hessian, as a fraction of its mean diagonal")
       ->capture_default_str();
+  command.add_flag("--robust-damping", o.layer.damping.robust_mean,
+                   "leave the weak columns out of that mean");
+  add_choice<qeft::selection_metric>(command, "--selection", o.selection,
+                               "sensitivity that ranks columns",
+                               {{"hessian", qeft::selection_metric::hessian},
+                                {"hessian_perturbation", qeft::selection_metric::hessian_perturbation},
+                                {"gradient", qeft::selection_metric::gradient}});
+  add_choice<qeft::accumulation>(
+      command, "--accumulation", o.accumulation,
+      "global selection adds a layer's top-k (paper) or all columns (reference)",
+      {{"paper", qeft::accumulation::top_k}, {"reference", qeft::accumulation::all_columns}});
+  add_choice<bool>(command, "--reorder", o.reorder,
+                   "Offline Global Reordering; off: weak columns stay where they are",
+                   {{"on", true}, {"off", false}});
   command
-      .add_option("--selection", o.selection,
-                  "weak columns by: hessian, hessian_perturbation or gradient")
-      ->transform(one_of<column_selection>(
-          {{"hessian", column_selection::hessian},
-           {"hessian_perturbation", column_selection::hessian_perturbation},
-           {"gradient", column_selection::gradient}}));
-  command
-      .add_option("--accumulation", o.accumulation,
-                  "global selection adds a layer's top-k (paper) or all columns (reference)")
-      ->transform(one_of<score_accumulation>({{"paper", score_accumulation::paper},
-                                              {"reference", score_accumulation::reference}}));
-  command.add_option("--reorder", o.reorder, "Offline Global Reordering: on or off (default on)")
-      ->transform(one_of<bool>({{"on", true}, {"off", false}}));
-  command.add_option("--samples", o.samples, "calibration samples")->capture_default_str();
+      .add_option("--samples", o.samples,
+                  "calibration samples; the first 32 choose the stream's weak columns")
+      ->capture_default_str();
   command.add_option("--seq-len", o.seq_len, "tokens per sample")->capture_default_str();
-  command.add_option("--weak-columns-from", o.weak_columns_from,
-                     "QEFT model whose choice of weak columns is taken over");
-  command.add_option("--seed", o.seed, "of the choice of samples")->capture_default_str();
-  command.add_flag("--act-order", o.act_order,
+  command
+      .add_option("--weak-columns-from", o.weak_columns_from,
+                  "QEFT model whose weak columns, and their number, are taken over")
+      ->excludes("--weak-columns");
+  command.add_option("--seed", o.seed, "of the choice of samples")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command.add_flag("--act-order", o.layer.act_order,
                    "quantise columns by falling Hessian diagonal (implies --static-groups)");
-  command.add_flag("--static-groups", o.static_groups,
+  command.add_flag("--static-groups", o.layer.static_groups,
                    "group parameters from the weights before any compensation");
-  command.add_flag("--compare-rtn", o.compare_rtn, "also report each layer's error under RTN");
+  command.add_flag("--compare-rtn", o.compare_rtn, "also find each layer's error under RTN, for inspect");
 }
 
 }  // namespace
@@ -98,10 +127,13 @@ int main(int argc, char** argv) {
   CLI::App* generate_command = app.add_subcommand("generate", "continue a prompt");
   add_common(*generate_command, generate.model, generate.threads, device);
   generate_command->add_option("--prompt", generate.prompt, "text to continue")->required();
-  generate_command->add_option("--max-tokens", generate.max_tokens)->capture_default_str();
+  generate_command->add_option("--max-tokens", generate.max_tokens, "stop after so many")
+      ->capture_default_str();
   generate_command->add_option("--temperature", generate.temperature, "0 is greedy")
       ->capture_default_str();
-  generate_command->add_option("--seed", generate.seed)->capture_default_str();
+  generate_command->add_option("--seed", generate.seed, "of the draw, when temperature > 0")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   generate_command->add_flag("--chat", generate.chat, "the prompt is a question to a chat model");
   generate_command->add_flag("--ignore-eos", generate.ignore_eos,
                              "do not stop at the end of the text, e.g. to measure the speed");
@@ -113,6 +145,7 @@ int main(int argc, char** argv) {
   perplexity_command->add_option("--seq-len", perplexity.seq_len, "tokens per window")
       ->capture_default_str();
   perplexity_command->add_option("--tokens", perplexity.tokens, "evaluate about so many, 0 for all")
+      ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
 
   std::string inspected;
@@ -124,10 +157,18 @@ int main(int argc, char** argv) {
     if (device == "cuda") {
       qeft::fail(qeft::errc::unsupported, "--device cuda is not built in; use --device cpu");
     }
-    if (*quantize_command) return run_quantize(quantize);
-    if (*generate_command) return run_generate(generate);
-    if (*perplexity_command) return run_perplexity(perplexity);
-    return run_inspect(inspected);
+    int result = 0;
+    if (*quantize_command) result = run_quantize(quantize);
+    if (*generate_command) result = run_generate(generate);
+    if (*perplexity_command) result = run_perplexity(perplexity);
+    if (*inspect_command) result = run_inspect(inspected);
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
+      qeft::fail(qeft::errc::io_error, "cannot write to the standard output");
+    }
+    return result;
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "qeft-llm: out of memory\n");
+    return 1;
   } catch (const std::exception& e) {
     std::fprintf(stderr, "qeft-llm: %s\n", e.what());
     return 1;

@@ -45,7 +45,7 @@ int run_perplexity(const perplexity_options& o) {
   llama_model model(exec, source);
   const model_config& config = model.config();
   const tokenizer tok = tokenizer::from_file(o.model + "/tokenizer.json");
-  auto windows = text_windows(tok, o.text, o.seq_len, 1, "text file");
+  auto windows = text_windows(tok, o.text, o.seq_len, 1);
   if (o.tokens > 0) {
     const auto wanted = static_cast<std::size_t>(qeft::ceil_div(o.tokens, o.seq_len));
     windows.resize(std::min(windows.size(), wanted));

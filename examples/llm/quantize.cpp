@@ -6,10 +6,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <filesystem>
 #include <initializer_list>
 #include <map>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,7 +17,7 @@
 #include "llama.hpp"
 #include "llama_graph.hpp"
 #include "progress.hpp"
-#include "qeft/io/atomic_file.hpp"
+#include "qeft/io/atomic_directory.hpp"
 #include "qeft/io/checkpoint.hpp"
 #include "qeft/reorder/permute_matrix.hpp"
 #include "qeft/reorder/weak_selection.hpp"
@@ -35,53 +33,16 @@ namespace {
 using qeft::errc;
 using qeft::fail;
 using qeft::index_t;
+using qeft::selection_metric;
 using qeft::solver::hessian_accumulator;
+using qeft::solver::layer_method;
 using qeft::solver::layer_options;
 using qeft::solver::layer_report;
 using column_list = std::vector<std::int32_t>;  // ascending input columns, original coordinates
 
-/// A directory that appears under its name only when it is complete.
-class output_directory {
- public:
-  explicit output_directory(std::filesystem::path path)
-      : path_(std::move(path)), partial_(path_.string() + ".partial") {
-    std::error_code failure;
-    if (std::filesystem::exists(path_) &&
-        !(std::filesystem::is_directory(path_) && std::filesystem::is_empty(path_))) {
-      fail(errc::io_error, "output " + path_.string() + " exists already");
-    }
-    std::filesystem::remove_all(partial_, failure);
-    std::filesystem::create_directories(partial_, failure);
-    if (failure) {
-      fail(errc::io_error, "cannot create " + partial_.string() + ": " + failure.message());
-    }
-  }
-  ~output_directory() {
-    std::error_code ignored;
-    std::filesystem::remove_all(partial_, ignored);
-  }
-  output_directory(const output_directory&) = delete;
-  output_directory& operator=(const output_directory&) = delete;
-
-  const std::filesystem::path& partial() const noexcept { return partial_; }
-  void commit() const {
-    std::error_code failure;
-    std::filesystem::rename(partial_, path_, failure);
-    if (failure) {
-      fail(errc::io_error, "cannot rename " + partial_.string() + " to " + path_.string() + ": " +
-                               failure.message());
-    }
-  }
-
- private:
-  std::filesystem::path path_;
-  std::filesystem::path partial_;
-};
-
 /// A quantised linear: in original coordinates with indexed weak columns until it is reordered.
 struct quantized_linear {
   packed_matrix matrix;
-  column_list weak;  // original coordinates
   layer_report report;
   double rtn_error = -1;  // E under RTN, when compared
 };
@@ -107,22 +68,26 @@ class diagonal_accumulator {
 class quantizer {
  public:
   explicit quantizer(const quantize_options& options)
-      : o_(options), exec_(options.threads), source_(options.model), config_(source_.config()),
-        rope_(config_), graph_(describe(config_)) {}
+      : o_(options),
+        exec_(options.threads),
+        source_(options.model),
+        config_(source_.config()),
+        graph_(describe(config_)) {}
 
   void run() {
     check_options();
     source_.weights().require(expected_tensors(config_));
-    const output_directory out(o_.out);
+    if (!o_.weak_columns_from.empty()) take_weak_columns();
+    qeft::io::atomic_directory out(o_.out);
     scratch_ = out.partial().string();
     if (needs_calibration()) {
+      rope_ = rope_table(config_, o_.seq_len);
       const tokenizer tok = tokenizer::from_file(o_.model + "/tokenizer.json");
-      windows_ = draw_windows(
-          text_windows(tok, o_.calibration, o_.seq_len, o_.samples, "calibration file"),
-          o_.samples, o_.seed);
+      windows_ = draw_windows(text_windows(tok, o_.calibration, o_.seq_len, o_.samples), o_.samples,
+                              o_.seed);
     }
-    if (o_.weak_columns > 0 && o_.weak_columns_from.empty()) {
-      if (o_.selection == column_selection::gradient) find_gradients();
+    if (chooses_columns()) {
+      if (o_.selection == selection_metric::gradient) find_gradients();
       if (o_.reorder) choose_stream_columns();
     }
     if (needs_hessian()) {
@@ -131,6 +96,7 @@ class quantizer {
       quantize_without_calibration();
     }
     write(out);
+    if (o_.compare_rtn) report_comparison();
   }
 
  private:
@@ -147,35 +113,36 @@ class quantizer {
     if (needs_calibration() && o_.calibration.empty()) {
       broken("--calibration", "missing", "given for this method and choice of weak columns");
     }
-    if (o_.samples < 1) broken("--samples", std::to_string(o_.samples), "positive");
+    constexpr index_t most_samples = 1 << 20;
+    if (o_.samples < 1 || o_.samples > most_samples) {
+      broken("--samples", std::to_string(o_.samples),
+             "between 1 and " + std::to_string(most_samples));
+    }
     if (o_.seq_len < 2 || o_.seq_len > config_.max_position_embeddings) {
       broken("--seq-len", std::to_string(o_.seq_len),
              "between 2 and the model's max_position_embeddings = " +
                  std::to_string(config_.max_position_embeddings));
     }
     for (const linear_kind kind : all_linears) {
-      const index_t ic = shape_of(config_, kind).in_channels;
-      if (o_.weak_columns < 0 || weak_columns_of(kind) > ic) {
+      const linear_shape s = shape_of(config_, kind);
+      if (o_.weak_columns < 0 || weak_columns_of(kind) > s.in_channels) {
         broken("--weak-columns", std::to_string(o_.weak_columns),
-               "between 0 and the " + std::to_string(ic) + " input channels of " +
+               "between 0 and the " + std::to_string(s.in_channels) + " input channels of " +
                    linear_name(0, kind));
       }
+      check(o_.layer, s.out_channels, s.in_channels);
     }
     if (o_.o_proj_placement == qeft::weak_kind::per_head && !o_.reorder) {
       broken("--weak-placement", "per_head", "indexed when --reorder is off");
     }
   }
 
+  bool chooses_columns() const { return o_.weak_columns > 0 && o_.weak_columns_from.empty(); }
   bool needs_hessian() const {
-    return o_.method == quantize_method::optq || o_.compare_rtn || needs_local_selection();
+    return o_.layer.method == layer_method::optq || o_.compare_rtn ||
+           (chooses_columns() && o_.selection != selection_metric::gradient);
   }
-  bool needs_local_selection() const {
-    return o_.weak_columns > 0 && o_.weak_columns_from.empty() &&
-           o_.selection != column_selection::gradient;
-  }
-  bool needs_calibration() const {
-    return needs_hessian() || (o_.weak_columns > 0 && o_.weak_columns_from.empty());
-  }
+  bool needs_calibration() const { return needs_hessian() || chooses_columns(); }
 
   bool per_head(linear_kind kind) const {
     return kind == linear_kind::o && o_.o_proj_placement == qeft::weak_kind::per_head;
@@ -185,23 +152,8 @@ class quantizer {
     return per_head(kind) ? qeft::round_up(o_.weak_columns, config_.num_attention_heads)
                           : o_.weak_columns;
   }
-
-  layer_options solver_options(column_list weak) const {
-    layer_options s;
-    s.method = o_.method == quantize_method::optq ? qeft::solver::layer_method::optq
-                                                  : qeft::solver::layer_method::rtn;
-    s.bits = o_.bits;
-    s.group_size = o_.group_size;
-    s.zero = o_.zero;
-    s.search.method = o_.search == range_search::grid ? qeft::solver::search_method::grid
-                                                      : qeft::solver::search_method::minmax;
-    s.search.steps = o_.steps;
-    s.search.norm = o_.norm;
-    s.damping.damping = o_.damping;
-    s.act_order = o_.act_order;
-    s.static_groups = o_.static_groups || o_.act_order;
-    s.weak_columns = std::move(weak);
-    return s;
+  static bool reads_stream(linear_kind kind) {
+    return kind != linear_kind::o && kind != linear_kind::down;
   }
 
   // ---- Which columns are weak (METHOD section 2) ------------------------------------------------
@@ -216,15 +168,17 @@ class quantizer {
   std::vector<double> sensitivity(index_t block, linear_kind kind,
                                   const std::vector<double>& hessian_diagonal) const {
     switch (o_.selection) {
-      case column_selection::hessian: return hessian_diagonal;
-      case column_selection::gradient: return gradients_.at(linear_name(block, kind));
-      case column_selection::hessian_perturbation: break;
+      case selection_metric::hessian:
+        return hessian_diagonal;
+      case selection_metric::gradient:
+        return gradients_.at(linear_name(block, kind));
+      case selection_metric::hessian_perturbation:
+        break;
     }
     const linear_shape s = shape_of(config_, kind);
     return qeft::hessian_perturbation(
-        hessian_diagonal,
-        qeft::solver::perturbation(exec_, weight_of(block, kind), s.out_channels, s.in_channels,
-                                   solver_options({})));
+        hessian_diagonal, qeft::solver::perturbation(exec_, weight_of(block, kind), s.out_channels,
+                                                     s.in_channels, o_.layer));
   }
 
   void find_gradients() {
@@ -233,16 +187,14 @@ class quantizer {
                                       [&](index_t, double) { bar.advance(); });
   }
 
-  /// Global selection: one set of channels of the residual stream for all layers that read it, found
-  /// on the full-precision model.
+  /// Global selection: one set of channels of the residual stream for all layers that read it,
+  /// found on the full-precision model.
   void choose_stream_columns() {
-    qeft::global_selection selection(config_.hidden_size, o_.weak_columns,
-                                     o_.accumulation == score_accumulation::paper
-                                         ? qeft::accumulation::top_k
-                                         : qeft::accumulation::all_columns);
-    const bool by_gradient = o_.selection == column_selection::gradient;
-    // A few samples rank the channels as all would; every block costs a forward pass over them.
-    const index_t samples = by_gradient ? 0 : std::min<index_t>(o_.samples, 32);
+    qeft::global_selection selection(config_.hidden_size, o_.weak_columns, o_.accumulation);
+    const bool by_gradient = o_.selection == selection_metric::gradient;
+    // Every sample costs a forward pass through the model.
+    constexpr index_t most_samples = 32;
+    const index_t samples = by_gradient ? 0 : std::min(o_.samples, most_samples);
     sample_store stream(scratch_, samples, o_.seq_len * config_.hidden_size);
     embed(stream);
     block_cache cache = make_cache();
@@ -274,35 +226,49 @@ class quantizer {
     stream_weak_ = selection.choose();
   }
 
-  /// The weak columns of a linear.
+  /// The weak columns of a linear, found when it is its turn.
   /// @param hessian_diagonal (IC); not used by layers that follow the stream
-  column_list columns_of(index_t block, linear_kind kind,
-                         const std::vector<double>& hessian_diagonal) const {
+  column_list choose_columns(index_t block, linear_kind kind,
+                             const std::vector<double>& hessian_diagonal) const {
     const index_t k = weak_columns_of(kind);
     if (k == 0) return {};
-    if (!o_.weak_columns_from.empty()) return base_columns(block, kind);
-    const bool local = kind == linear_kind::o || kind == linear_kind::down || !o_.reorder;
-    if (!local) return stream_weak_;
+    if (reads_stream(kind) && o_.reorder) return stream_weak_;
     const auto s = sensitivity(block, kind, hessian_diagonal);
     return per_head(kind) ? qeft::top_k_per_head(s, config_.num_attention_heads,
                                                  config_.num_key_value_heads, k)
                           : qeft::top_k(s, k);
   }
 
-  /// --weak-columns-from: the choice of another checkpoint of the same architecture.
-  column_list base_columns(index_t block, linear_kind kind) const {
-    if (!base_) base_ = std::make_unique<model_source>(o_.weak_columns_from);
-    const std::string name = linear_name(block, kind);
-    const auto* d = base_->config().quantization ? base_->config().quantization->find(name) : nullptr;
-    const linear_shape s = shape_of(config_, kind);
-    if (d == nullptr || d->in_channels != s.in_channels || d->out_channels != s.out_channels) {
-      fail(errc::invalid_argument, "quantize: --weak-columns-from " + o_.weak_columns_from +
-                                       " has no quantised layer " + name + " of the same shape");
+  /// --weak-columns-from: the choice of another checkpoint of the same architecture, checked before
+  /// any work is done.
+  void take_weak_columns() {
+    const std::string what = "quantize: --weak-columns-from " + o_.weak_columns_from;
+    const model_source base(o_.weak_columns_from);
+    for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
+      for (const linear_kind kind : all_linears) {
+        const std::string name = linear_name(l, kind);
+        const auto& q = base.config().quantization;
+        const auto* d = q ? q->find(name) : nullptr;
+        const linear_shape s = shape_of(config_, kind);
+        if (d == nullptr || d->in_channels != s.in_channels || d->out_channels != s.out_channels) {
+          fail(errc::invalid_argument,
+               what + " has no quantised layer " + name + " of the same shape");
+        }
+        weak_[name] = qeft::io::read_linear(base.weights().reader(), name, *d).weak_index;
+        if (o_.reorder && reads_stream(kind) &&
+            weak_[name] != weak_.at(linear_name(0, linear_kind::q))) {
+          fail(errc::invalid_argument, what + ": the weak columns of " + name +
+                                           " are not those of the first layer, but all layers that "
+                                           "read the residual stream must share them unless "
+                                           "--reorder is off");
+        }
+      }
     }
-    return qeft::io::read_linear(base_->weights().reader(), name, *d).weak_index;
+    make_plan();  // throws when those of o_proj do not suit per_head
   }
 
-  // ---- Quantisation -------------------------------------------------------------------------------
+  // ---- Quantisation
+  // -------------------------------------------------------------------------------
 
   block_cache make_cache() const {
     return {config_.num_key_value_heads, config_.head_dim, o_.seq_len};
@@ -329,20 +295,21 @@ class quantizer {
     const linear_shape s = shape_of(config_, kind);
     const std::string name = linear_name(l, kind);
     const std::vector<float> w = weight_of(l, kind);
+    if (o_.weak_columns_from.empty()) weak_[name] = choose_columns(l, kind, diagonal);
+    layer_options options = o_.layer;
+    options.weak_columns = weak_.at(name);
     quantized_linear q;
-    q.weak = columns_of(l, kind, diagonal);
-    layer_options options = solver_options(q.weak);
     auto result =
         qeft::solver::quantize_layer(exec_, w, s.out_channels, s.in_channels, hessian, options);
     q.matrix = std::move(result.matrix);
     q.report = std::move(result.report);
     if (o_.compare_rtn) {
-      options.method = qeft::solver::layer_method::rtn;
+      options.method = layer_method::rtn;
       const auto rtn =
           qeft::solver::quantize_layer(exec_, w, s.out_channels, s.in_channels, hessian, options);
       q.rtn_error = rtn.report.output_error.value_or(-1);
     }
-    if (q.report.damping > o_.damping) {
+    if (q.report.damping > o_.layer.damping.damping) {
       std::fprintf(stderr, "%s: the Hessian needed a damping of %g\n", name.c_str(),
                    q.report.damping);
     }
@@ -371,10 +338,10 @@ class quantizer {
     }
   }
 
-  /// True-sequential: q k v, then o, then gate up, then down, each with the inputs that the quantised
-  /// layers before it produce. One sample is resident at a time.
-  void quantize_block(index_t l, sample_store& stream, sample_store& attention,
-                      sample_store& inner, progress& bar) {
+  /// True-sequential: q k v, then o, then gate up, then down, each with the inputs that the
+  /// quantised layers before it produce. One sample is resident at a time.
+  void quantize_block(index_t l, sample_store& stream, sample_store& attention, sample_store& inner,
+                      progress& bar) {
     const index_t n = o_.seq_len;
     const index_t hidden = config_.hidden_size;
     const auto epsilon = static_cast<float>(config_.rms_norm_eps);
@@ -391,7 +358,8 @@ class quantizer {
       w.forward(exec_, a.data(), n, x.data());
       add(exec_, x.data(), n * hidden, h.data());
     };
-    // Runs `step(sample)` on all samples, which returns the layers' input, and quantises the layers.
+    // Runs `step(sample)` on all samples, which returns the layers' input, and quantises the
+    // layers.
     const auto calibrate = [&](std::initializer_list<linear_kind> kinds, auto&& step) {
       hessian_accumulator accumulator(shape_of(config_, *kinds.begin()).in_channels);
       for (index_t i = 0; i < o_.samples; ++i) accumulator.add(exec_, step(i), n);
@@ -434,15 +402,16 @@ class quantizer {
     }
   }
 
-  // ---- Reordering and output ----------------------------------------------------------------------
+  // ---- Reordering and output
+  // ----------------------------------------------------------------------
 
-  /// Brings the weak columns of every layer to the tail (o_proj: to the tails of its heads, or not at
-  /// all) by permuting channel spaces.
+  /// Brings the weak columns of every layer to the tail (o_proj: to the tails of its heads, or not
+  /// at all) by permuting channel spaces.
   qeft::reorder_plan make_plan() const {
     qeft::reorder_plan plan(graph_.graph);
-    if (!o_.reorder || o_.weak_columns == 0) return plan;
+    if (!o_.reorder) return plan;
     const auto weak_of = [&](index_t l, linear_kind kind) -> const column_list& {
-      return linears_.at(linear_name(l, kind)).weak;
+      return weak_.at(linear_name(l, kind));
     };
     plan.set(graph_.stream, qeft::weak_last(config_.hidden_size, weak_of(0, linear_kind::q)));
     for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
@@ -456,8 +425,8 @@ class quantizer {
         for (const std::int32_t c : weak_of(l, linear_kind::o)) {
           const index_t head = c / config_.head_dim;
           if (head % repeats == 0) {
-            value.push_back(
-                static_cast<std::int32_t>(head / repeats * config_.head_dim + c % config_.head_dim));
+            value.push_back(static_cast<std::int32_t>(head / repeats * config_.head_dim +
+                                                      c % config_.head_dim));
           }
         }
         plan.set(graph_.value[at],
@@ -480,7 +449,7 @@ class quantizer {
     return result;
   }
 
-  void write(const output_directory& out) {
+  void write(qeft::io::atomic_directory& out) {
     namespace io = qeft::io;
     const qeft::reorder_plan plan = make_plan();
     io::safetensors_writer writer(std::map<std::string, std::string>{{"format", "pt"}});
@@ -490,8 +459,8 @@ class quantizer {
     matrices.reserve(2);
 
     const auto add_full_precision = [&](const std::string& name) {
-      matrices.push_back(reordered(
-          plan, name, source_.matrix(name, config_.vocab_size, config_.hidden_size)));
+      matrices.push_back(
+          reordered(plan, name, source_.matrix(name, config_.vocab_size, config_.hidden_size)));
       writer.add(name + ".weight", io::dtype_of(matrices.back().descriptor().scalar),
                  {config_.vocab_size, config_.hidden_size}, matrices.back().weak());
     };
@@ -518,9 +487,9 @@ class quantizer {
       for (const linear_kind kind : all_linears) {
         const std::string name = linear_name(l, kind);
         quantized_linear& q = linears_.at(name);
-        q.matrix = reordered(plan, name, q.matrix,
-                             per_head(kind) ? config_.num_attention_heads : 1);
-        io::add_linear(writer, name, q.matrix, q.weak);
+        q.matrix =
+            reordered(plan, name, q.matrix, per_head(kind) ? config_.num_attention_heads : 1);
+        io::add_linear(writer, name, q.matrix, weak_.at(name));
         quantization.layers[name] = q.matrix.descriptor();
         auto& report = quantization.provenance["layers"][name];
         if (q.report.output_error) report["loss"] = *q.report.output_error;
@@ -534,30 +503,52 @@ class quantizer {
         }
       }
     }
-    if (o_.reorder && o_.weak_columns > 0) {
-      io::add_permutation(writer, "stream", plan.of(graph_.stream));
-      for (std::size_t l = 0; l < graph_.mlp.size(); ++l) {
-        io::add_permutation(writer, "mlp." + std::to_string(l), plan.of(graph_.mlp[l]));
-        if (!plan.of(graph_.value[l]).is_identity()) {
-          io::add_permutation(writer, "value." + std::to_string(l), plan.of(graph_.value[l]));
-        }
-      }
+    const auto add_permutation = [&](const std::string& space, const qeft::permutation& p) {
+      if (!p.is_identity()) io::add_permutation(writer, space, p);
+    };
+    add_permutation("stream", plan.of(graph_.stream));
+    for (std::size_t l = 0; l < graph_.mlp.size(); ++l) {
+      add_permutation("mlp." + std::to_string(l), plan.of(graph_.mlp[l]));
+      add_permutation("value." + std::to_string(l), plan.of(graph_.value[l]));
     }
     quantization.defaults = quantization.layers.begin()->second;
-    quantization.provenance["samples"] = o_.samples;
-    quantization.provenance["seq_len"] = o_.seq_len;
-    quantization.provenance["method"] = o_.method == quantize_method::optq ? "optq" : "rtn";
+    auto& provenance = quantization.provenance;
+    provenance["method"] = o_.layer.method == layer_method::optq ? "optq" : "rtn";
+    provenance["search"] =
+        o_.layer.search.method == qeft::solver::search_method::grid ? "grid" : "minmax";
+    provenance["act_order"] = o_.layer.act_order;
+    provenance["static_groups"] = o_.layer.static_groups;
+    provenance["reorder"] = o_.reorder;
+    if (needs_calibration()) {
+      provenance["samples"] = o_.samples;
+      provenance["seq_len"] = o_.seq_len;
+      provenance["seed"] = o_.seed;
+    }
+    if (chooses_columns()) {
+      provenance["selection"] = o_.selection == selection_metric::hessian ? "hessian"
+                                : o_.selection == selection_metric::gradient
+                                    ? "gradient"
+                                    : "hessian_perturbation";
+    }
 
     const std::filesystem::path from = o_.model;
     writer.write_directory(out.partial());
     nlohmann::json config = config_.source;
     config["quantization_config"] = io::to_json(quantization);
     io::write_text_file(out.partial() / "config.json", config.dump(2) + "\n");
-    for (const char* file : {"tokenizer.json", "tokenizer_config.json", "generation_config.json",
-                             "special_tokens_map.json"}) {
+    for (const char* file : {"tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                             "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                             "merges.txt", "chat_template.jinja", "generation_config.json"}) {
       if (std::filesystem::exists(from / file)) io::copy_file(from / file, out.partial() / file);
     }
     out.commit();
+  }
+
+  /// E = tr(dW H dW^T) against that of RTN; inspect shows every layer.
+  void report_comparison() const {
+    int better = 0;
+    for (const auto& [name, q] : linears_) better += *q.report.output_error < q.rtn_error ? 1 : 0;
+    std::fprintf(stderr, "E is below that of RTN on %d of %zu layers\n", better, linears_.size());
   }
 
   quantize_options o_;
@@ -568,9 +559,9 @@ class quantizer {
   llama_graph graph_;
   std::string scratch_;  // directory for activations
   std::vector<std::vector<int>> windows_;
-  column_sensitivities gradients_;  // selection by gradient only
-  column_list stream_weak_;         // global selection only
-  mutable std::unique_ptr<model_source> base_;  // --weak-columns-from
+  column_sensitivities gradients_;           // selection by gradient only
+  column_list stream_weak_;                  // global selection only
+  std::map<std::string, column_list> weak_;  // of every linear, once it is known
   std::map<std::string, quantized_linear> linears_;
 };
 

@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "text_windows.hpp"
 
-#include <cerrno>
-#include <cstring>
-#include <fstream>
-#include <iterator>
 #include <random>
+#include <string_view>
 #include <utility>
 
-#include "qeft/core/status.hpp"
+#include "qeft/io/mapped_file.hpp"
 #include "tokenizer.hpp"
 
 namespace qeft_llm {
@@ -18,17 +15,13 @@ using qeft::fail;
 using qeft::index_t;
 
 std::vector<std::vector<int>> text_windows(const tokenizer& tok, const std::string& file,
-                                           index_t seq_len, index_t least,
-                                           const std::string& what) {
-  std::ifstream in(file, std::ios::binary);
-  const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  // A directory opens, but cannot be read.
-  if (!in.is_open() || in.bad()) {
-    fail(errc::io_error, what + " " + file + ": " + std::strerror(errno));
-  }
+                                           index_t seq_len, index_t least) {
+  const qeft::io::mapped_file mapped(file);
+  const std::string_view text(reinterpret_cast<const char*>(mapped.bytes().data()),
+                              static_cast<std::size_t>(mapped.bytes().size()));
   const auto prefix = static_cast<index_t>(tok.prefix().size());
   if (seq_len <= prefix) {
-    fail(errc::invalid_argument, what + " " + file + ": windows of " + std::to_string(seq_len) +
+    fail(errc::invalid_argument, "text file " + file + ": windows of " + std::to_string(seq_len) +
                                      " tokens have no room behind the " + std::to_string(prefix) +
                                      " that the model wants in front of every text");
   }
@@ -36,7 +29,7 @@ std::vector<std::vector<int>> text_windows(const tokenizer& tok, const std::stri
   const index_t step = seq_len - prefix;
   const index_t count = static_cast<index_t>(tokens.size()) / step;
   if (count < least) {
-    fail(errc::invalid_argument, what + " " + file + " holds " + std::to_string(tokens.size()) +
+    fail(errc::invalid_argument, "text file " + file + " holds " + std::to_string(tokens.size()) +
                                      " tokens, but " + std::to_string(least) + " windows of " +
                                      std::to_string(seq_len) + " tokens need " +
                                      std::to_string(least * step));

@@ -14,11 +14,10 @@ class tokenizer;
 
 /// Windows of `seq_len` tokens, each the tokenizer's prefix and then the next part of the text: they
 /// tile the text, less an incomplete last one. Special tokens written in the text are plain text.
-/// @throws qeft::error naming `what` when the file cannot be read, and when seq_len leaves no room
-/// for text or the text fills fewer than `least` windows
+/// @throws qeft::error when the file cannot be read, seq_len leaves no room for text, or the text
+/// fills fewer than `least` windows
 std::vector<std::vector<int>> text_windows(const tokenizer& tok, const std::string& file,
-                                           qeft::index_t seq_len, qeft::index_t least,
-                                           const std::string& what);
+                                           qeft::index_t seq_len, qeft::index_t least);
 
 /// A draw of `count` of the windows without repetition. It depends on the windows, `count` and
 /// `seed` alone. @pre count <= windows.size()

@@ -3,13 +3,9 @@
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <cstdlib>
-#include <cstring>
 #include <deque>
-#include <fstream>
 #include <functional>
-#include <iterator>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <unordered_map>
@@ -17,6 +13,7 @@
 
 #include "byte_pair.hpp"
 #include "qeft/core/status.hpp"
+#include "qeft/io/mapped_file.hpp"
 #include "regex.hpp"
 #include "utf8.hpp"
 
@@ -692,11 +689,9 @@ tokenizer tokenizer::from_json(const std::string& text, const std::string& where
 }
 
 tokenizer tokenizer::from_file(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  if (!in) fail(errc::io_error, path + ": " + std::strerror(errno));
-  const std::string text(std::istreambuf_iterator<char>(in), {});
-  if (in.bad()) fail(errc::io_error, path + ": " + std::strerror(errno));
-  return from_json(text, path);
+  const qeft::io::mapped_file file(path);
+  const auto* text = reinterpret_cast<const char*>(file.bytes().data());
+  return from_json(std::string(text, static_cast<std::size_t>(file.bytes().size())), path);
 }
 
 // ---- Streaming ----------------------------------------------------------------------------------

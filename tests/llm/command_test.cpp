@@ -125,8 +125,57 @@ TEST_CASE("quantize, inspect, perplexity and generate work on one another's resu
                            " --prompt abc --max-tokens 20 --ignore-eos 2>/dev/null");
   CHECK(said.status == 0);
   CHECK(said.text == expected + "\n");
-  CHECK(run("generate --model " + w.at("out") + " --prompt abc --temperature 0.7 --seed 5").text !=
-        run("generate --model " + w.at("out") + " --prompt abc --temperature 0.7 --seed 6").text);
+
+  const auto drawn = [&](const std::string& how) {
+    const std::string common = " --prompt abc --max-tokens 20 --ignore-eos 2>/dev/null";
+    return run("generate --model " + w.at("out") + " " + how + common).text;
+  };
+  CHECK(drawn("--temperature 0.7 --seed 5") == drawn("--temperature 0.7 --seed 5"));
+  CHECK(drawn("--temperature 0.7 --seed 5") != drawn("--temperature 0.7 --seed 6"));
+  CHECK(drawn("--temperature 1e-40 --seed 5") == drawn("--temperature 0"));
+}
+
+TEST_CASE("OPTQ beats RTN on every layer, and inspect says so") {
+  const workplace w;
+  const outcome made = run(w.quantize("model", "out/") + "--compare-rtn --static-groups");
+  INFO(made.text);
+  REQUIRE(made.status == 0);
+  CHECK(mentions(made.text, {"E is below that of RTN on 14 of 14 layers"}));
+  CHECK(w.dir.files() == std::vector<std::string>{"model", "out", "text"});
+  const json config = json::parse(read_all(w.dir / "out" / "config.json"));
+  int layers = 0;
+  for (const auto& [name, report] :
+       config.at("quantization_config").at("provenance").at("layers").items()) {
+    CHECK(report.at("loss").get<double>() < report.at("rtn_loss").get<double>());
+    ++layers;
+  }
+  CHECK(layers == 14);
+  CHECK(mentions(run("inspect " + w.at("out")).text, {"E/RTN"}));
+  CHECK(run("inspect " + w.at("out") + " >/dev/full").status == 1);
+}
+
+TEST_CASE("weak columns of another checkpoint are taken over, or refused at once") {
+  const workplace w;
+  REQUIRE(run(w.quantize("model", "base")).status == 0);
+  REQUIRE(run(w.quantize("model", "scattered") + "--reorder off").status == 0);
+  const std::string rest = " --out " + w.at("out") + " --calibration " + w.at("text") +
+                           " --group-size 32 --samples 6 --seq-len 64 --model " + w.at("model") +
+                           " --weak-columns-from ";
+  CHECK(w.refused(run("quantize" + rest + w.at("scattered")), {"share them", "--reorder"}));
+  CHECK(w.refused(run("quantize" + rest + w.at("base") + " --weak-placement per_head"),
+                  {"every head must hold equally many"}));
+  CHECK(w.refused(run("quantize" + rest + w.at("nowhere")), {"nowhere"}));
+  CHECK(w.refused(run("quantize" + rest + w.at("model")), {"has no quantised layer"}));
+  CHECK(run("quantize" + rest + w.at("base") + " --weak-columns 4").status != 0);
+  REQUIRE(run("quantize" + rest + w.at("base") + " --method rtn").status == 0);
+  const qeft::io::safetensors_reader base(w.dir / "base");
+  const qeft::io::safetensors_reader out(w.dir / "out");
+  for (const std::string& name : base.names()) {
+    if (name.find("weak_index") == std::string::npos) continue;
+    const auto& a = base.at(name).data;
+    const auto& b = out.at(name).data;
+    CHECK(std::equal(a.begin(), a.end(), b.begin(), b.end()));
+  }
 }
 
 TEST_CASE("damaged models are refused") {
@@ -205,9 +254,15 @@ TEST_CASE("Hessians without rank give models without NaN") {
 TEST_CASE("outputs that cannot be written leave nothing behind") {
   const workplace w;
   CHECK(w.refused(run(w.quantize("model", "text/out")), {"text/out"}));
-  CHECK(w.refused(run(w.quantize("model", "model")), {"exists already"}));
-  // A disk that is full after 64 KiB.
-  CHECK(w.refused(run(w.quantize(), "ulimit -f 64; trap '' XFSZ;"), {"cannot"}));
+  CHECK(w.refused(run(w.quantize("model", "model")), {"must not exist yet"}));
+  fs::create_directory_symlink(w.dir / "model", w.dir / "link");
+  CHECK(w.refused(run(w.quantize("model", "link")), {"link", "must not exist yet"}));
+  CHECK(w.refused(run(w.quantize() + "--out ''"), {"directory ''"}));
+  // A disk that fills up: the activations of the samples, then the model.
+  const std::string small_disk = "ulimit -f 64; trap '' XFSZ;";
+  CHECK(w.refused(run(w.quantize(), small_disk), {"activations"}));
+  CHECK(w.refused(run(w.quantize() + "--method rtn --weak-columns 0", small_disk),
+                  {"cannot write", "model.safetensors"}));
 }
 
 TEST_CASE("options that make no sense are refused by name") {
@@ -228,7 +283,9 @@ TEST_CASE("options that make no sense are refused by name") {
       w.refused(run("generate" + model + " --prompt a --temperature -1"), {"--temperature is -1"}));
   CHECK(w.refused(run("generate" + model + " --chat --prompt a"), {"ChatML"}));
   CHECK(w.refused(run("perplexity" + model + " --text " + w.at("none")), {"none", "No such file"}));
-  CHECK(w.refused(run("perplexity" + model + " --text " + w.at("model")), {"Is a directory"}));
+  CHECK(w.refused(run("perplexity" + model + " --text " + w.at("model")),
+                  {"model", "not a regular file"}));
+  CHECK(run("perplexity" + model + " --text " + w.at("text") + " --tokens -5").status != 0);
   CHECK(w.refused(run("perplexity" + model + " --text " + w.at("text") + " --seq-len 5000"),
                   {"5000"}));
   CHECK(w.refused(run("inspect " + w.at("nowhere")), {"nowhere"}));

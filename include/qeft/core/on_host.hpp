@@ -23,22 +23,23 @@ namespace detail {
 class thread_pool {
  public:
   explicit thread_pool(int threads) {
-    for (int i = 1; i < threads; ++i) {
-      workers_.emplace_back([this, i] { work(i); });
+    try {
+      for (int i = 1; i < threads; ++i) {
+        workers_.emplace_back([this, i] { work(i); });
+      }
+    } catch (const std::exception& e) {
+      const std::size_t started = workers_.size() + 1;
+      stop();
+      fail(errc::invalid_argument, "on_host: threads is " + std::to_string(threads) +
+                                       ", but the system gives no more than " +
+                                       std::to_string(started) + ": " + e.what());
     }
   }
 
   thread_pool(const thread_pool&) = delete;
   thread_pool& operator=(const thread_pool&) = delete;
 
-  ~thread_pool() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      stop_.store(true);
-    }
-    wake_.notify_all();
-    for (auto& worker : workers_) worker.join();
-  }
+  ~thread_pool() { stop(); }
 
   int size() const noexcept { return static_cast<int>(workers_.size()) + 1; }
 
@@ -65,6 +66,15 @@ class thread_pool {
   // A decode step is a burst of short jobs: looking for the next one for some ten microseconds before
   // sleeping saves two system calls per layer.
   static constexpr int looks_before_sleep = 20000;
+
+  void stop() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stop_.store(true);
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
 
   void call(int index) {
     try {
@@ -112,7 +122,8 @@ class thread_pool {
 /// library functions never depend on `threads`.
 class on_host {
  public:
-  /// @param threads number of threads including the caller; 0 means one per hardware thread.
+  /// @param threads number of threads including the caller; 0 means one per hardware thread. More
+  ///                than the system gives is an error.
   explicit on_host(int threads = 1)
       : pool_(std::make_shared<detail::thread_pool>(resolve(threads))) {}
 

@@ -17,6 +17,17 @@
 
 namespace qeft::io {
 
+namespace detail {
+
+/// Differs from call to call, also between processes, almost surely.
+inline std::string unique_suffix() {
+  static std::atomic<unsigned> counter{0};
+  const auto now = std::chrono::steady_clock::now().time_since_epoch().count();
+  return std::to_string(now) + "-" + std::to_string(counter++);
+}
+
+}  // namespace detail
+
 /// A file under construction. Unless commit() succeeds, the destructor removes what was written and
 /// an existing file at the destination stays as it was. Every failure throws errc::io_error with
 /// the destination and the reason.
@@ -33,7 +44,7 @@ class atomic_file {
     constexpr int attempts = 100;  // names left behind by killed processes
     for (int i = 0; i < attempts && file_ == nullptr; ++i) {
       temporary_ = path_;
-      temporary_ += "." + unique_suffix() + ".tmp";
+      temporary_ += "." + detail::unique_suffix() + ".tmp";
       file_ = std::fopen(temporary_.string().c_str(), "wbx");
       if (file_ == nullptr && errno != EEXIST) break;
     }
@@ -85,12 +96,6 @@ class atomic_file {
   }
 
  private:
-  static std::string unique_suffix() {
-    static std::atomic<unsigned> counter{0};
-    const auto now = std::chrono::steady_clock::now().time_since_epoch().count();
-    return std::to_string(now) + "-" + std::to_string(counter++);
-  }
-
   std::filesystem::path path_;
   std::filesystem::path temporary_;
   std::FILE* file_ = nullptr;

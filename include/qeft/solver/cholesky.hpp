@@ -18,6 +18,14 @@ struct damping_options {
                              // raise it, see layer_options
 };
 
+/// Throws when an option breaks its rule.
+inline void check(const damping_options& o) {
+  if (!(o.damping >= 0.0 && o.damping <= 1.0)) {
+    fail(errc::invalid_argument, "damping_options: damping is " + std::to_string(o.damping) +
+                                     ", but must be in [0, 1]");
+  }
+}
+
 /// U with U^T U = H^-1, and what it took.
 struct inverse_factor {
   host_buffer<float> u;                   // (n, n) row-major, upper triangular, diagonal positive
@@ -133,10 +141,7 @@ inline inverse_factor factor_inverse(const on_host& exec, span<const float> h,
     fail(errc::invalid_argument, "factor_inverse: h has " + std::to_string(h.size()) +
                                      " elements, but must have " + std::to_string(n) + "^2");
   }
-  if (!(options.damping >= 0.0 && options.damping <= 1.0)) {
-    fail(errc::invalid_argument, "damping_options: damping is " + std::to_string(options.damping) +
-                                     ", but must be in [0, 1]");
-  }
+  check(options);
   check_finite(exec, h.data(), n, n, "factor_inverse: the Hessian");
 
   inverse_factor result;

@@ -73,6 +73,23 @@ inline matrix_descriptor describe(index_t out_channels, index_t in_channels,
   return d;
 }
 
+}  // namespace detail
+
+/// Throws when an option breaks its rule for a layer of this shape.
+inline void check(const layer_options& o, index_t out_channels, index_t in_channels) {
+  validate(detail::describe(out_channels, in_channels, o)).throw_if_error();
+  check(o.search);
+  check(o.damping);
+  if (o.tuning.block_columns < 1 || o.tuning.tile_rows < 1) {
+    fail(errc::invalid_argument, "optq_tuning: block_columns is " +
+                                     std::to_string(o.tuning.block_columns) + " and tile_rows is " +
+                                     std::to_string(o.tuning.tile_rows) +
+                                     ", but both must be positive");
+  }
+}
+
+namespace detail {
+
 /// Collects rows in any order and from any thread (one thread per row), then packs what rows share.
 class layer_builder {
  public:

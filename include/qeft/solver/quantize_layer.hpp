@@ -16,8 +16,7 @@ namespace detail {
 
 inline void check_layer(const on_host& exec, span<const float> w, index_t out_channels,
                         index_t in_channels, span<const float> h, const layer_options& o) {
-  validate(describe(out_channels, in_channels, o)).throw_if_error();
-  check(o.search);
+  check(o, out_channels, in_channels);
   const auto sized = [](const char* what, index_t size, index_t rows, index_t cols) {
     if (size == rows * cols) return;
     fail(errc::invalid_argument, std::string("quantize_layer: ") + what + " has " +
@@ -27,12 +26,6 @@ inline void check_layer(const on_host& exec, span<const float> w, index_t out_ch
   sized("w", w.size(), out_channels, in_channels);
   if (o.method == layer_method::optq || !h.empty()) {
     sized("the Hessian", h.size(), in_channels, in_channels);
-  }
-  if (o.tuning.block_columns < 1 || o.tuning.tile_rows < 1) {
-    fail(errc::invalid_argument, "optq_tuning: block_columns is " +
-                                     std::to_string(o.tuning.block_columns) + " and tile_rows is " +
-                                     std::to_string(o.tuning.tile_rows) +
-                                     ", but both must be positive");
   }
   check_finite(exec, w.data(), out_channels, in_channels, "quantize_layer: w");
   if (!h.empty()) {
