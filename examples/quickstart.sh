@@ -2,16 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # Quantises a real language model with QEFT and its baselines and compares them in one table:
 #   examples/quickstart.sh [--model DIR] [--samples N] [--seq-len L] [--eval-tokens N] [--threads N]
-# Without --model it prepares SmolLM2-135M-Instruct. Everything it makes lies in build/quickstart.
+# Without --model it prepares SmolLM2-135M-Instruct. It builds qeft-llm in build/release, leaves
+# models, text and logs in build/quickstart, and keeps downloads in ~/.cache/qeft.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source cmake/install_packages.sh
 
 model="" samples=64 seq_len=512 eval_tokens=16384 threads=0
-usage() { sed -n '3,5s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '3,6s/^# \{0,1\}//p' "$0"; }
 while [ $# -gt 0 ]; do
   case "$1" in
-    --model) model=$(realpath -- "${2:?--model needs a directory}"); shift 2 ;;
+    --model) model=$(realpath -e -- "${2:?--model needs a directory}"); shift 2 ;;
     --samples) samples=${2:?}; shift 2 ;;
     --seq-len) seq_len=${2:?}; shift 2 ;;
     --eval-tokens) eval_tokens=${2:?}; shift 2 ;;
@@ -20,10 +19,14 @@ while [ $# -gt 0 ]; do
     *) echo "unknown option $1" >&2; usage >&2; exit 2 ;;
   esac
 done
+# Paths above are relative to the caller's directory, those below to the project.
+cd "$(dirname "$0")/.."
+source cmake/install_packages.sh
 
 work=build/quickstart
 mkdir -p "$work"
 started=$SECONDS
+fail_with() { cat "$1" >&2; exit 1; }  # a log
 step() { printf '\n== %s  (%d:%02d)\n' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
 
 step "Packages"
@@ -40,7 +43,8 @@ llm=$PWD/build/release/examples/qeft-llm
 step "Model and text"
 if [ ! -x "$work/venv/bin/python" ] || [ ! -f "$work/venv/ready" ]; then
   python3 -m venv "$work/venv"
-  "$work/venv/bin/pip" install -q --disable-pip-version-check -r examples/llm/prepare/requirements.txt
+  "$work/venv/bin/python" -m pip install -q --disable-pip-version-check \
+    -r examples/llm/prepare/requirements.txt
   touch "$work/venv/ready"
 fi
 prepare=("$work/venv/bin/python" examples/llm/prepare/prepare.py)
@@ -62,7 +66,7 @@ evaluate() {
   change=$(awk -v a="$perplexity" -v b="$full_precision" 'BEGIN { printf "%+.1f%%", 100 * (a / b - 1) }')
   # Every model decodes as many tokens, whatever it says.
   "$llm" generate --model "$dir" --prompt "$prompt" --max-tokens 100 --ignore-eos \
-    --threads "$threads" >/dev/null 2>"$work/$name.log"
+    --threads "$threads" >/dev/null 2>"$work/$name.log" || fail_with "$work/$name.log"
   speed=$(sed -n 's/.*decode[^0-9]*\([0-9.]*\) tokens\/s.*/\1/p' "$work/$name.log" | tail -n 1)
   size=$(du -cbL "$dir"/*.safetensors | tail -n 1 | awk '{printf "%.1f", $1 / 1048576}')
   bits=$("$llm" inspect "$dir" | sed -n 's/.*linear layers:.* \([0-9.]*\) bits per weight.*/\1/p')
@@ -96,7 +100,11 @@ step "Result"
 printf "$row\n" model perplexity change MiB bits/w tokens/s
 printf '%s\n' "${rows[@]}"
 printf '\nQEFT, 4 bits, answers "%s":\n' "$prompt"
-"$llm" generate --model "$work/models/QEFT-4bit-g128-k16" --chat --prompt "$prompt" \
-  --max-tokens 96 --temperature 0 --threads "$threads" 2>/dev/null
+answer() {
+  "$llm" generate --model "$work/models/QEFT-4bit-g128-k16" --prompt "$prompt" --max-tokens 96 \
+    --temperature 0 --threads "$threads" "$@" 2>"$work/answer.log"
+}
+# A model without the tokens of a chat continues the prompt instead.
+answer --chat || answer || fail_with "$work/answer.log"
 printf '\nDone in %d:%02d. Models and logs are in %s.\n' $(((SECONDS - started) / 60)) \
   $(((SECONDS - started) % 60)) "$work"
