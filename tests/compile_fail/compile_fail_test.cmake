@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-# cmake -DCOMPILER=... -DSTANDARD=17 -DFLAGS="..." -DSOURCE=x.cpp -P compile_fail_test.cmake
+# cmake -DCOMPILER=... -DSTANDARD=17 -DINCLUDE_DIR=... -DSOURCE=x.cpp -P compile_fail_test.cmake
 # The file must compile with VALID = 1, and with VALID = 0 fail with the text after `// expect:` (a
 # regular expression whose parentheses, stars, dots and plus signs are literal).
 cmake_minimum_required(VERSION 3.21)
-separate_arguments(flags UNIX_COMMAND "${FLAGS}")
-set(command ${COMPILER} -std=c++${STANDARD} -fsyntax-only -Werror=unused-result ${flags})
+set(command ${COMPILER} -std=c++${STANDARD} -fsyntax-only -Werror=unused-result -I${INCLUDE_DIR})
 
 file(STRINGS ${SOURCE} expect REGEX "^// expect: ")
 string(REGEX REPLACE "^// expect: " "" expect "${expect}")
