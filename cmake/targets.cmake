@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # The targets consumers link. Nothing here sets warnings, optimisation or an instruction set.
+include(GNUInstallDirs)
 find_package(Threads REQUIRED)
 
 add_library(qeft INTERFACE)
 add_library(qeft::qeft ALIAS qeft)
 target_include_directories(qeft INTERFACE
-  $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include> $<INSTALL_INTERFACE:include>)
+  $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>
+  $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
 target_compile_features(qeft INTERFACE cxx_std_17)
 target_link_libraries(qeft INTERFACE Threads::Threads)
 
