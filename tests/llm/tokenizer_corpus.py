@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes what Hugging Face `tokenizers` makes of 200 KB of varied text, for tokenizer_test.cpp.
+"""Writes what Hugging Face `tokenizers` makes of 200 KB of text, for tokenizer_corpus_test.cpp.
 
     tokenizer_corpus.py --tokenizer DIR/tokenizer.json --out $QEFT_TEST_DATA/tokenizer
 

@@ -40,7 +40,6 @@ TEST_CASE("ids and text are those of Hugging Face tokenizers") {
     skip("no results of `tokenizers` in QEFT_TEST_DATA/tokenizer (see tokenizer_corpus.py)");
     return;
   }
-  std::size_t bytes = 0;
   const std::vector<std::string> byte_level = {"smollm2", "gpt2", "llama3", "qwen2", "options"};
   const std::vector<std::string> sentencepiece = {"llama2", "mistral", "first",
                                                   "always", "never",   "normalized"};
@@ -49,7 +48,7 @@ TEST_CASE("ids and text are those of Hugging Face tokenizers") {
     CHECK(tok.prefix() == prefix);
     std::ifstream in(folder + name + ".cases.json");
     const nlohmann::json cases = nlohmann::json::parse(in);
-    bytes = 0;
+    std::size_t bytes = 0;
     for (std::size_t i = 0; i < cases.size(); ++i) {
       const auto text = from_hexadecimal(cases[i]["text"].get<std::string>());
       const auto ids = cases[i]["ids"].get<std::vector<int>>();
@@ -66,10 +65,11 @@ TEST_CASE("ids and text are those of Hugging Face tokenizers") {
       CHECK(streamed(tok, reversed) == text_of_reversed);
       bytes += text.size();
     }
+    INFO(name);
+    CHECK(bytes >= 200000);
   };
   for (const std::string& name : byte_level) {
     compare(name, name == "llama3" ? std::vector<int>{1} : std::vector<int>{});
   }
   for (const std::string& name : sentencepiece) compare(name, {1});
-  CHECK(bytes >= 200000);
 }
