@@ -102,16 +102,19 @@ def main():
     parser.add_argument("--out", required=True, help="the test data directory")
     arguments = parser.parse_args()
     root = pathlib.Path(arguments.out) / "transformers"
-    shutil.rmtree(root, ignore_errors=True)
+    unfinished = root.with_name("transformers.unfinished")  # renamed once it is complete
+    shutil.rmtree(unfinished, ignore_errors=True)
 
     def fresh(name):
-        (root / name).mkdir(parents=True)
-        return root / name
+        (unfinished / name).mkdir(parents=True)
+        return unfinished / name
 
     text = pathlib.Path(arguments.text).read_text(encoding="utf-8")
     real_model(arguments.model, text[:20000], fresh(pathlib.Path(arguments.model).name))
     for name, config in random_models():
         random_model(config, fresh(name))
+    shutil.rmtree(root, ignore_errors=True)
+    unfinished.rename(root)
     print(f"wrote {root}")
 
 
