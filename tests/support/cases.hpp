@@ -2,6 +2,7 @@
 // Random quantised layers, kept next to a plain description that defines what they mean.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "qeft/container/quantized_matrix.hpp"

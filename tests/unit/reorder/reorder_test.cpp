@@ -11,6 +11,7 @@
 #include "qeft/reorder/permutation.hpp"
 #include "qeft/reorder/reorder_plan.hpp"
 #include "qeft/reorder/weak_selection.hpp"
+#include "support/cases.hpp"
 #include "support/catch.hpp"
 
 namespace {
@@ -18,6 +19,7 @@ namespace {
 using qeft::index_t;
 using qeft::permutation;
 using qeft_test::contains;
+using qeft_test::same_bytes;
 using packed = qeft::quantized_matrix<qeft::layout::row_packed>;
 
 permutation random_permutation(index_t n, std::mt19937& rng) {
@@ -75,15 +77,6 @@ packed pack(const std::vector<float>& w, qeft::matrix_descriptor d,
     }
   }
   return m;
-}
-
-bool same_bytes(const packed& a, const packed& b) {
-  const auto equal = [](auto x, auto y) {
-    return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
-  };
-  return a.descriptor() == b.descriptor() && a.weak_index() == b.weak_index() &&
-         equal(a.codes(), b.codes()) && equal(a.scales(), b.scales()) &&
-         equal(a.zeros(), b.zeros()) && equal(a.weak(), b.weak());
 }
 
 std::vector<float> random_weights(index_t n, std::mt19937& rng) {

@@ -3,13 +3,13 @@
 #include <Eigen/Dense>
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "qeft/solver/hessian.hpp"
 #include "qeft/solver/quantize_layer.hpp"
+#include "support/cases.hpp"
 #include "support/catch.hpp"
 
 namespace {
@@ -24,6 +24,7 @@ using qeft::solver::layer_method;
 using qeft::solver::layer_options;
 using qeft::solver::layer_result;
 using qeft::solver::quantize_layer;
+using qeft_test::same_bytes;
 
 struct problem {
   index_t oc;
@@ -155,16 +156,6 @@ Eigen::MatrixXd reference_optq(const problem& p, const layer_options& o) {
     }
   }
   return result;
-}
-
-bool same_bytes(const quantized_matrix<>& a, const quantized_matrix<>& b) {
-  const auto equal = [](auto x, auto y) {
-    return x.size() == y.size() &&
-           (x.empty() || std::memcmp(x.data(), y.data(), static_cast<std::size_t>(x.size())) == 0);
-  };
-  return a.descriptor() == b.descriptor() && a.weak_index() == b.weak_index() &&
-         equal(a.codes(), b.codes()) && equal(a.scales(), b.scales()) &&
-         equal(a.zeros(), b.zeros()) && equal(a.weak(), b.weak());
 }
 
 }  // namespace
