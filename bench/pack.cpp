@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What happens to a layer between file and kernel: packing, unpacking, repacking, permuting.
-// `of_read` counts the bytes read and written of the packed layer.
+// `of_read` counts the bytes read and written: packed ones, and unpacked codes of a byte each.
 #include "qeft/container/pack.hpp"
 #include "qeft/container/repack.hpp"
 #include "qeft/layout/simd_tile.hpp"
@@ -13,27 +13,47 @@ using namespace qeft_bench;
 using qeft::layout::row_packed;
 using qeft::layout::simd_tile;
 
+enum class direction { pack, unpack };
+
+/// The codes of a layer, row by row.
 template <int Bits>
-void pack_rows(benchmark::State& state, const shape& s) {
+void convert_rows(benchmark::State& state, const shape& s, direction way) {
   const auto d = describe(s, Bits, 128, 16);
   const qeft::layout::extent e = d.extent();
   std::vector<std::uint8_t> codes(static_cast<std::size_t>(e.out_channels * e.dense));
-  for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<std::uint8_t>(i * 37 / 5);
+  for (std::size_t i = 0; i < codes.size(); ++i) {
+    codes[i] = static_cast<std::uint8_t>((i * 37 / 5) & ((1U << Bits) - 1U));
+  }
+  std::vector<std::uint8_t> back(codes.size());
   const index_t row = row_packed::row_words<Bits>(e);
   std::vector<std::uint32_t> words(static_cast<std::size_t>(row_packed::code_words<Bits>(e)));
-  rate measured(state);
-  for (auto _ : state) {
+  const auto pack = [&] {
     for (index_t n = 0; n < e.out_channels; ++n) {
       qeft::pack_array<Bits>(codes.data() + n * e.dense, e.dense, words.data() + n * row);
     }
+  };
+  const auto unpack = [&] {
+    for (index_t n = 0; n < e.out_channels; ++n) {
+      qeft::unpack_array<Bits>(words.data() + n * row, e.dense, back.data() + n * e.dense);
+    }
+  };
+  pack();
+  rate measured(state);
+  for (auto _ : state) {
+    way == direction::pack ? pack() : unpack();
     benchmark::ClobberMemory();
   }
   measured.bytes(machines().front(), e.out_channels * e.dense + 4 * row * e.out_channels);
-  std::vector<std::uint8_t> back(static_cast<std::size_t>(e.dense));
-  qeft::unpack_array<Bits>(words.data(), e.dense, back.data());
-  for (std::size_t i = 0; i < back.size(); ++i) {
-    if (back[i] != (codes[i] & ((1U << Bits) - 1U))) throw std::runtime_error("wrong result");
-  }
+  unpack();
+  if (back != codes) throw std::runtime_error("wrong result");
+}
+
+template <int Bits>
+void add_conversions(const std::string& name, const shape& s) {
+  add(name + "pack/1t",
+      [=](benchmark::State& state) { convert_rows<Bits>(state, s, direction::pack); });
+  add(name + "unpack/1t",
+      [=](benchmark::State& state) { convert_rows<Bits>(state, s, direction::unpack); });
 }
 
 template <class To, class From>
@@ -68,8 +88,8 @@ int main(int argc, char** argv) {
   return run(argc, argv, [] {
     for (const shape& s : shapes) {
       const std::string name = s.name;
-      add(name + "/4bit/pack/1t", [=](benchmark::State& state) { pack_rows<4>(state, s); });
-      add(name + "/3bit/pack/1t", [=](benchmark::State& state) { pack_rows<3>(state, s); });
+      add_conversions<4>(name + "/4bit/", s);
+      add_conversions<3>(name + "/3bit/", s);
       for (const int bits : {4, 3}) {
         const auto d = describe(s, bits, 128, 16);
         const std::string full = name + "/" + std::to_string(bits) + "bit/";

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The solver's parts and whole layers. `w/s` are weights per second; the error of the result,
-// relative to plain RTN without weak columns, stands beside the time it took.
+// The solver's parts and whole layers. Accumulating and factoring the Hessian are compared with the
+// multiply-add peak (`of_fma`). The group search and whole layers have no such limit: they report
+// weights per second (`w/s`), and a layer the error of its result relative to that of plain RTN
+// without weak columns (`E/E_rtn`).
 #include <limits>
 
 #include "qeft/solver/hessian.hpp"
