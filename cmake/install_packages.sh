@@ -22,5 +22,5 @@ require_packages() {
   export DEBIAN_FRONTEND=noninteractive
   apt-get install -y -q "${missing[@]}" >/dev/null 2>&1 ||
     { apt-get update -q >/dev/null && apt-get install -y -q "${missing[@]}" >/dev/null; } ||
-    { echo "Could not install: ${missing[*]}" >&2; return 1; }
+    { echo "Could not install (is the package archive reachable?): ${missing[*]}" >&2; return 1; }
 }
