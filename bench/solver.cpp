@@ -52,8 +52,7 @@ void accumulate(benchmark::State& state, const machine& m, index_t channels) {
 
 void factor(benchmark::State& state, const machine& m, index_t channels) {
   const auto h = hessian_of(m.exec, channels);
-  std::vector<std::int32_t> order(static_cast<std::size_t>(channels));
-  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i);
+  const auto order = qeft::permutation::identity(channels);
   const auto n = static_cast<double>(channels);
   rate measured(state);
   for (auto _ : state) {

@@ -118,7 +118,7 @@ class quantizer {
       broken("--samples", std::to_string(o_.samples),
              "between 1 and " + std::to_string(most_samples));
     }
-    if (o_.seq_len < 2 || o_.seq_len > config_.max_position_embeddings) {
+    if (needs_calibration() && (o_.seq_len < 2 || o_.seq_len > config_.max_position_embeddings)) {
       broken("--seq-len", std::to_string(o_.seq_len),
              "between 2 and the model's max_position_embeddings = " +
                  std::to_string(config_.max_position_embeddings));

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The run-time side of a format: a descriptor, its rules, its exact size, and the way back to types.
+// The run-time side of a format: a descriptor, its rules, its exact size, and the way back to
+// types.
 #pragma once
 
 #include <string>
@@ -15,29 +16,31 @@ namespace qeft {
 
 /// Everything about a quantised linear layer but its values.
 struct matrix_descriptor {
-  index_t out_channels = 0;                    // OC >= 1
-  index_t in_channels = 0;                     // IC >= 1
-  int bits = 4;                                // 2, 3, 4 or 8
-  index_t group_size = 128;                    // multiple of 32, or per_channel
+  index_t out_channels = 0;  // OC >= 1
+  index_t in_channels = 0;   // IC >= 1
+  int bits = 4;              // 2, 3, 4 or 8
+  index_t group_size = 128;  // multiple of 32, or per_channel
   zero_kind zero = zero_kind::integer;
-  scalar_kind scalar = scalar_kind::half;      // of scales, scaled zeros and weak columns
+  scalar_kind scalar = scalar_kind::half;  // of scales, scaled zeros and weak columns
   weak_kind weak = weak_kind::none;
-  index_t weak_columns = 0;                    // k, 0 <= k <= IC
-  index_t heads = 1;                           // per_head only: divides IC and k
+  index_t weak_columns = 0;  // k, 0 <= k <= IC
+  index_t heads = 1;         // per_head only: divides IC and k
 
   index_t dense_columns() const noexcept { return in_channels - weak_columns; }
-  index_t groups() const noexcept {
-    if (dense_columns() == 0) return 0;
-    return group_size == per_channel ? 1 : ceil_div(dense_columns(), group_size);
+  /// Dense columns that share a scale: per_channel stands for all of them (at least 1).
+  index_t columns_per_group() const noexcept {
+    if (group_size != per_channel) return group_size;
+    return dense_columns() > 0 ? dense_columns() : 1;
   }
+  /// Groups per row; the last one may be shorter.
+  index_t groups() const noexcept { return ceil_div(dense_columns(), columns_per_group()); }
   layout::extent extent() const noexcept {
     return {out_channels, dense_columns(), groups(), weak_columns};
   }
   friend bool operator==(const matrix_descriptor& a, const matrix_descriptor& b) noexcept {
-    return a.out_channels == b.out_channels && a.in_channels == b.in_channels &&
-           a.bits == b.bits && a.group_size == b.group_size && a.zero == b.zero &&
-           a.scalar == b.scalar && a.weak == b.weak && a.weak_columns == b.weak_columns &&
-           a.heads == b.heads;
+    return a.out_channels == b.out_channels && a.in_channels == b.in_channels && a.bits == b.bits &&
+           a.group_size == b.group_size && a.zero == b.zero && a.scalar == b.scalar &&
+           a.weak == b.weak && a.weak_columns == b.weak_columns && a.heads == b.heads;
   }
   friend bool operator!=(const matrix_descriptor& a, const matrix_descriptor& b) noexcept {
     return !(a == b);
@@ -46,18 +49,25 @@ struct matrix_descriptor {
 
 inline const char* to_string(zero_kind z) noexcept {
   switch (z) {
-    case zero_kind::symmetric: return "symmetric";
-    case zero_kind::integer: return "integer";
-    case zero_kind::scaled: return "scaled";
+    case zero_kind::symmetric:
+      return "symmetric";
+    case zero_kind::integer:
+      return "integer";
+    case zero_kind::scaled:
+      return "scaled";
   }
   return "unknown";
 }
 inline const char* to_string(weak_kind w) noexcept {
   switch (w) {
-    case weak_kind::none: return "none";
-    case weak_kind::tail: return "tail";
-    case weak_kind::indexed: return "indexed";
-    case weak_kind::per_head: return "per_head";
+    case weak_kind::none:
+      return "none";
+    case weak_kind::tail:
+      return "tail";
+    case weak_kind::indexed:
+      return "indexed";
+    case weak_kind::per_head:
+      return "per_head";
   }
   return "unknown";
 }
@@ -117,10 +127,14 @@ inline status validate(const matrix_descriptor& d) {
 template <class Visitor>
 void visit_bits(int bits, Visitor&& visitor) {
   switch (bits) {
-    case 2: return visitor(std::integral_constant<int, 2>{});
-    case 3: return visitor(std::integral_constant<int, 3>{});
-    case 4: return visitor(std::integral_constant<int, 4>{});
-    default: return visitor(std::integral_constant<int, 8>{});
+    case 2:
+      return visitor(std::integral_constant<int, 2>{});
+    case 3:
+      return visitor(std::integral_constant<int, 3>{});
+    case 4:
+      return visitor(std::integral_constant<int, 4>{});
+    default:
+      return visitor(std::integral_constant<int, 8>{});
   }
 }
 
@@ -201,8 +215,8 @@ namespace detail {
 
 template <class Format>
 std::string format_name() {
-  const auto group = Format::group_size == dynamic ? std::string("any")
-                                                   : std::to_string(Format::group_size);
+  const auto group =
+      Format::group_size == dynamic ? std::string("any") : std::to_string(Format::group_size);
   return std::to_string(Format::bits) + "-bit/" + to_string(Format::zero) + "/" +
          to_string(scalar_kind_of<typename Format::scalar_type>::value) + "/g=" + group;
 }
@@ -222,30 +236,34 @@ void visit_format_in(const matrix_descriptor& d, Visitor&& visitor,
     std::string built_in;
     ((built_in += " " + format_name<Formats>()), ...);
     fail(errc::unsupported, "visit_format: " + std::to_string(d.bits) + "-bit/" +
-                                to_string(d.zero) + "/" + to_string(d.scalar) + "/g=" +
-                                std::to_string(d.group_size) +
+                                to_string(d.zero) + "/" + to_string(d.scalar) +
+                                "/g=" + std::to_string(d.group_size) +
                                 " is not built in; built in are:" + built_in);
   }
 }
 
 }  // namespace detail
 
-/// Calls visitor(Format{}) for the first format of `Formats` that fits the descriptor; an error lists
-/// what is built in.
+/// Calls visitor(Format{}) for the first format of `Formats` that fits the descriptor; an error
+/// lists what is built in.
 template <class Formats = default_formats, class Visitor>
 void visit_format(const matrix_descriptor& d, Visitor&& visitor) {
   detail::visit_format_in(d, visitor, Formats{});
 }
 
-/// Calls visitor(Weak) with the run-time weak policy of the descriptor. `index` (k, ascending) is used
-/// by `indexed` only.
+/// Calls visitor(Weak) with the run-time weak policy of the descriptor. `index` (k, ascending) is
+/// used by `indexed` only.
 template <class Visitor>
 void visit_weak(const matrix_descriptor& d, const std::int32_t* index, Visitor&& visitor) {
   switch (d.weak) {
-    case weak_kind::none: return visitor(weak_none{});
-    case weak_kind::tail: return visitor(weak_tail<>{{d.weak_columns}});
-    case weak_kind::indexed: return visitor(weak_indexed<>{{d.weak_columns}, index});
-    case weak_kind::per_head: return visitor(weak_per_head<>{{d.weak_columns}, d.heads});
+    case weak_kind::none:
+      return visitor(weak_none{});
+    case weak_kind::tail:
+      return visitor(weak_tail<>{{d.weak_columns}});
+    case weak_kind::indexed:
+      return visitor(weak_indexed<>{{d.weak_columns}, index});
+    case weak_kind::per_head:
+      return visitor(weak_per_head<>{{d.weak_columns}, d.heads});
   }
 }
 

@@ -38,8 +38,8 @@ class quantized_matrix {
   const matrix_descriptor& descriptor() const noexcept { return descriptor_; }
   const std::vector<std::int32_t>& weak_index() const noexcept { return weak_index_; }
 
-  /// Raw bytes, placed by Layout: 32-bit code words; 16-bit scales; zeros as packed_array<bits> words
-  /// or 16-bit scalars; 16-bit weak columns.
+  /// Raw bytes, placed by Layout: 32-bit code words; 16-bit scales; zeros as packed_array<bits>
+  /// words or 16-bit scalars; 16-bit weak columns.
   span<std::byte> codes() noexcept { return codes_; }
   span<std::byte> scales() noexcept { return scales_; }
   span<std::byte> zeros() noexcept { return zeros_; }
@@ -51,10 +51,14 @@ class quantized_matrix {
 
   /// A typed view; throws when Format or Weak does not describe this matrix. Valid while the matrix
   /// lives and is not moved from.
+  /// @param weak the policy with this matrix's k and heads; for weak_indexed, an index with the
+  ///             contents of weak_index()
   template <class Format, class Weak>
   quantized_matrix_view<Format, Weak, Layout> view(Weak weak) const {
     check_format<Format>();
     check_weak(Weak::kind, weak.count());
+    if constexpr (Weak::kind == weak_kind::per_head) check_heads(weak.heads);
+    if constexpr (Weak::kind == weak_kind::indexed) check_index(weak.index);
     return {descriptor_.out_channels,
             descriptor_.in_channels,
             descriptor_.group_size,
@@ -81,7 +85,8 @@ class quantized_matrix {
                          layout::code_place<Layout, bits>{descriptor_.extent(), n, i});
     });
   }
-  /// @param zero the integer zero point (zero_kind::integer) or the bits of the scaled zero; ignored
+  /// @param zero the integer zero point (zero_kind::integer) or the bits of the scaled zero;
+  /// ignored
   ///             for symmetric formats
   void write_params(index_t n, index_t g, std::uint16_t scale_bits, unsigned zero) {
     const layout::extent e = descriptor_.extent();
@@ -97,7 +102,8 @@ class quantized_matrix {
       });
     }
   }
-  /// What write_params stored: scale bits, and the integer zero point or the bits of the scaled zero.
+  /// What write_params stored: scale bits, and the integer zero point or the bits of the scaled
+  /// zero.
   std::pair<std::uint16_t, unsigned> read_params_bits(index_t n, index_t g) const {
     const layout::extent e = descriptor_.extent();
     const index_t at = Layout::param_index(e, n, g);
@@ -113,27 +119,10 @@ class quantized_matrix {
     }
     return {reinterpret_cast<const std::uint16_t*>(scales_.data())[at], zero};
   }
+  /// @param value_bits of the scalar type
   void write_weak(index_t n, index_t j, std::uint16_t value_bits) {
     reinterpret_cast<std::uint16_t*>(weak_.data())[Layout::weak_index(descriptor_.extent(), n, j)] =
         value_bits;
-  }
-
-  /// Changes where the weak columns are said to sit, keeping every stored byte: the step by which
-  /// reordering turns `indexed` into `tail` or `per_head` without repacking.
-  void relabel_weak(weak_kind kind, index_t heads = 1, std::vector<std::int32_t> weak_index = {}) {
-    matrix_descriptor d = descriptor_;
-    d.weak = kind;
-    d.heads = heads;
-    validate(d).throw_if_error();
-    std::swap(descriptor_, d);
-    std::swap(weak_index_, weak_index);
-    try {
-      check_weak_index();
-    } catch (...) {
-      std::swap(descriptor_, d);
-      std::swap(weak_index_, weak_index);
-      throw;
-    }
   }
 
  private:
@@ -144,6 +133,24 @@ class quantized_matrix {
                                      " with k = " + std::to_string(k) + ", but the matrix has " +
                                      to_string(descriptor_.weak) +
                                      " with k = " + std::to_string(descriptor_.weak_columns));
+  }
+  void check_heads(index_t heads) const {
+    if (heads == descriptor_.heads) return;
+    fail(errc::invalid_argument,
+         "quantized_matrix::view: Weak has heads = " + std::to_string(heads) +
+             ", but the matrix has heads = " + std::to_string(descriptor_.heads));
+  }
+  void check_index(const std::int32_t* index) const {
+    if (index == weak_index_.data()) return;
+    for (std::size_t j = 0; j < weak_index_.size(); ++j) {
+      if (index != nullptr && index[j] == weak_index_[j]) continue;
+      fail(errc::invalid_argument,
+           "quantized_matrix::view: index of Weak " +
+               (index == nullptr
+                    ? "is null"
+                    : "holds " + std::to_string(index[j]) + " at " + std::to_string(j)) +
+               ", but the matrix has column " + std::to_string(weak_index_[j]) + " there");
+    }
   }
   template <class Format>
   void check_format() const {

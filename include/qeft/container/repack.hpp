@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Moves a layer from one layout to another. Files hold row_packed; kernel layouts are made at load time.
+// Moves a layer from one layout to another. Files hold row_packed; kernel layouts are made at load
+// time.
 #pragma once
 
 #include "qeft/container/quantized_matrix.hpp"

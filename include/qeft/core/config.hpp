@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The only file that looks at compiler macros.
+// The only file that looks at compiler macros (and io/platform.hpp, at those of the system).
 #pragma once
 
 #include <cstddef>
@@ -9,14 +9,6 @@
 #define QEFT_HOST_DEVICE __host__ __device__
 #else
 #define QEFT_HOST_DEVICE
-#endif
-
-#if defined(__CUDACC__) || defined(__GNUC__) || defined(__clang__)
-#define QEFT_RESTRICT __restrict__
-#elif defined(_MSC_VER)
-#define QEFT_RESTRICT __restrict
-#else
-#define QEFT_RESTRICT
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)

@@ -26,8 +26,7 @@ class span {
             class = std::enable_if_t<
                 std::is_convertible_v<decltype(std::declval<Container&>().data()), T*> &&
                 (std::is_lvalue_reference_v<Container> || std::is_const_v<T>)>>
-  constexpr span(Container&& c) noexcept
-      : data_(c.data()), size_(static_cast<index_t>(c.size())) {}
+  constexpr span(Container&& c) noexcept : data_(c.data()), size_(static_cast<index_t>(c.size())) {}
 
   QEFT_HOST_DEVICE constexpr T* data() const noexcept { return data_; }
   QEFT_HOST_DEVICE constexpr index_t size() const noexcept { return size_; }
@@ -53,10 +52,10 @@ struct aligned_allocator {
 
   T* allocate(std::size_t n) {
     if (n > static_cast<std::size_t>(-1) / sizeof(T)) throw std::bad_alloc();
-    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{alignment}));
+    return static_cast<T*>(::operator new (n * sizeof(T), std::align_val_t{alignment}));
   }
   void deallocate(T* p, std::size_t) noexcept {
-    ::operator delete(p, std::align_val_t{alignment});
+    ::operator delete (p, std::align_val_t{alignment});
   }
   friend bool operator==(const aligned_allocator&, const aligned_allocator&) { return true; }
   friend bool operator!=(const aligned_allocator&, const aligned_allocator&) { return false; }

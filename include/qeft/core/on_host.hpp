@@ -63,8 +63,8 @@ class thread_pool {
   }
 
  private:
-  // A decode step is a burst of short jobs: looking for the next one for some ten microseconds before
-  // sleeping saves two system calls per layer.
+  // A decode step is a burst of short jobs: looking for the next one for some ten microseconds
+  // before sleeping saves two system calls per layer.
   static constexpr int looks_before_sleep = 20000;
 
   void stop() {
@@ -130,9 +130,9 @@ class on_host {
   int threads() const noexcept { return pool_->size(); }
 
   /// Calls body(begin, end) on disjoint ranges that cover [0, count), each a multiple of `grain`
-  /// but the last. Blocks until done; the first exception is rethrown. Ranges are handed out as
-  /// threads become free, so `body` must give the same result for any partition. Not reentrant:
-  /// `body` must not call parallel_for of the same executor.
+  /// but the last. @pre grain >= 1. Blocks until done; the first exception is rethrown. Ranges are
+  /// handed out as threads become free, so `body` must give the same result for any partition. Not
+  /// reentrant: `body` must not call parallel_for of the same executor.
   template <class Body>
   void parallel_for(index_t count, index_t grain, const Body& body) const {
     if (count <= 0) return;

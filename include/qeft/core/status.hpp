@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Errors: launchers return a status, owners and solvers throw qeft::error. Both carry the same text.
+// Errors: launchers return a status, owners and solvers throw qeft::error. Both carry the same
+// text.
 #pragma once
 
 #include <stdexcept>
@@ -12,15 +13,16 @@ namespace qeft {
 
 enum class errc {
   ok,
-  invalid_argument,  // a parameter breaks a documented rule
-  unsupported,       // valid, but not built in or not supported by this executor
-  not_finite,        // NaN or infinity where a number is required
+  invalid_argument,       // a parameter breaks a documented rule
+  unsupported,            // valid, but not built in or not supported by this executor
+  not_finite,             // NaN or infinity where a number is required
   not_positive_definite,  // a Hessian that no damping could repair
-  corrupt_file,      // truncated, hostile or inconsistent input file
-  io_error,          // the operating system refused to read or write
+  corrupt_file,           // truncated, hostile or inconsistent input file
+  io_error,               // the operating system refused to read or write
 };
 
-/// Result of a launch. Success costs nothing; a failure names the parameter, its value and the rule.
+/// Result of a launch. Success costs nothing; a failure names the parameter, its value and the
+/// rule.
 class [[nodiscard]] status {
  public:
   status() = default;

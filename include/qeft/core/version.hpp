@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The version of the library and of its checkpoint format. CMake parses this file; it includes nothing.
+// The version of the library and of its checkpoint format. CMake parses this file; it includes
+// nothing.
 #pragma once
 
 #define QEFT_VERSION_MAJOR 0
@@ -8,7 +9,8 @@
 
 namespace qeft {
 
-/// Version of the checkpoint format (io/checkpoint.hpp); raised when older readers would misread a file.
+/// Version of the checkpoint format (io/checkpoint.hpp); raised when older readers would misread a
+/// file.
 inline constexpr int checkpoint_format_version = 1;
 
 }  // namespace qeft

@@ -25,7 +25,8 @@ inline constexpr index_t tile_columns = layout::simd_tile::columns;
 // whose prefetchers stop at page boundaries.
 inline constexpr index_t prefetch_bytes = 3072;
 
-/// Asks for part `Part` of `Parts` of a tile. A burst of requests would stall the loads that follow.
+/// Asks for part `Part` of `Parts` of a tile. A burst of requests would stall the loads that
+/// follow.
 template <class Isa, int Part, int Parts>
 QEFT_ALWAYS_INLINE void prefetch_part(const std::uint32_t* tile, index_t words) {
   const auto* ahead = reinterpret_cast<const char*>(tile) + prefetch_bytes;

@@ -50,11 +50,18 @@ status supports_gemm(const quantized_matrix_view<F, W, L>& w, const X* x, index_
                 " weak columns, but must have at least one row and column and at most in_channels "
                 "weak columns"};
   }
-  const bool no_codes = w.dense_columns() > 0 && (w.codes == nullptr || w.scales == nullptr);
+  if (F::group_size == dynamic && !is_supported_group_size(w.run_time_group)) {
+    return {errc::invalid_argument,
+            "gemm: w has run_time_group = " + std::to_string(w.run_time_group) +
+                ", but must have a positive multiple of 32, or -1"};
+  }
+  const bool no_zeros = F::zero != zero_kind::symmetric && w.zeros == nullptr;
+  const bool no_codes =
+      w.dense_columns() > 0 && (w.codes == nullptr || w.scales == nullptr || no_zeros);
   const bool no_weak = w.weak_columns() > 0 && w.weak_values == nullptr;
   if (no_codes || no_weak) {
     return {errc::invalid_argument, std::string("gemm: w has no ") +
-                                        (no_codes ? "codes or scales" : "weak values") +
+                                        (no_codes ? "codes, scales or zeros" : "weak values") +
                                         "; make the view with quantized_matrix::view"};
   }
   return cpu::detail::check_operands(tokens, x, y);
@@ -65,9 +72,11 @@ status supports_gemm(const quantized_matrix_view<F, W, L>& w, const X* x, index_
 ///
 /// @param exec       executor; blocks until done
 /// @param w          OC x IC layer. Over layout::simd_tile by vector kernels; over any other layout
-/// by
-///                   the definition, slowly, and with exact activations only
-/// @param x          (tokens, IC) row-major, finite; float, half_bits or bf16_bits
+///                   by the definition, slowly, and with exact activations only
+/// @param x          (tokens, IC) row-major; float, half_bits or bf16_bits. Finite, and small
+/// enough
+///                   that scale * 2^bits * |x|, summed over a group, fits FP32: else the outputs of
+///                   that token may be infinite or NaN
 /// @param tokens     >= 0
 /// @param y          (tokens, OC) row-major, must not overlap x; float, half_bits or bf16_bits
 /// @param activation cpu::exact: FP32 arithmetic. cpu::int8: see there
@@ -80,6 +89,8 @@ status gemm(const on_host& exec, const quantized_matrix_view<F, W, L>& w, const 
             index_t tokens, Y* y, Activation activation = {}, [[maybe_unused]] Isa isa = {}) {
   static_assert(cpu::detail::is_activation_scalar_v<X> && cpu::detail::is_activation_scalar_v<Y>,
                 "qeft::gemm: X and Y must be float, qeft::half_bits or qeft::bf16_bits");
+  static_assert(std::is_same_v<Activation, cpu::exact> || std::is_same_v<Activation, cpu::int8>,
+                "qeft::gemm: Activation must be qeft::cpu::exact or qeft::cpu::int8");
   static_assert(std::is_same_v<L, layout::simd_tile> || std::is_same_v<Activation, cpu::exact>,
                 "qeft::gemm: the int8 activation policy needs layout::simd_tile");
   static_cast<void>(activation);

@@ -32,8 +32,9 @@ struct code_address {
   int shift;     // of the field's lowest bit
 };
 
-/// A plain array of `count` codes: plane by plane, each plane a dense little-endian bit string padded
-/// to whole words. It stores a row of a row_packed matrix and every array of integer zero points.
+/// A plain array of `count` codes: plane by plane, each plane a dense little-endian bit string
+/// padded to whole words. It stores a row of a row_packed matrix and every array of integer zero
+/// points.
 template <int Bits>
 struct packed_array {
   using planes = bit_planes<Bits>;
@@ -55,8 +56,8 @@ struct packed_array {
     return {first + bit / 32, static_cast<int>(bit % 32)};
   }
 
-  /// locate for one code, as gather_code and scatter_code want it. (A type, because CUDA C++ does not
-  /// let host-device functions call the lambda of a host function.)
+  /// locate for one code, as gather_code and scatter_code want it. (A type, because CUDA C++ does
+  /// not let host-device functions call the lambda of a host function.)
   struct place {
     index_t i;
     index_t count;

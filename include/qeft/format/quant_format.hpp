@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bits mean: bit width, group size, kind of zero point and element type (METHOD section 1).
+// What the bits mean: bit width, group size, kind of zero point and element type (METHOD section
+// 1).
 #pragma once
 
 #include <type_traits>
@@ -61,8 +62,8 @@ struct group_params {
   float zero;
 };
 
-/// The single dequantisation formula. All products are exact in FP32 (8-bit code x 11-bit scale), so
-/// contraction into fused multiply-adds cannot change a result.
+/// The single dequantisation formula. All products are exact in FP32 (8-bit code x 11-bit scale),
+/// so contraction into fused multiply-adds cannot change a result.
 template <class Format>
 QEFT_HOST_DEVICE constexpr float dequantize_code(unsigned code, group_params g) noexcept {
   if constexpr (Format::zero == zero_kind::scaled) {

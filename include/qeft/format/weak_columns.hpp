@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where the k weak (full-precision) columns sit among the IC input columns (METHOD section 1).
 //
-// Every policy is a bijection between input columns and two dense blocks: the IC - k robust columns,
-// numbered i in falling-into-place order, and the k weak ones, numbered j. Weak columns have no code.
+// Every policy is a bijection between input columns and two dense blocks: the IC - k robust
+// columns, numbered i in falling-into-place order, and the k weak ones, numbered j. Weak columns
+// have no code.
 #pragma once
 
 #include "qeft/core/math.hpp"

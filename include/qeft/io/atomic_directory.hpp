@@ -14,20 +14,20 @@ namespace qeft::io {
 /// written. Nothing that exists is ever overwritten.
 class atomic_directory {
  public:
-  /// Creates a directory of a new name beside `path`, which must not exist or be an empty directory;
-  /// else throws errc::io_error naming it. Missing parents are created.
-  explicit atomic_directory(const std::filesystem::path& path)
-      : path_(std::filesystem::absolute(path).lexically_normal()) {
-    if (!path_.has_filename()) path_ = path_.parent_path();  // "name/"
-    const bool is_new = !std::filesystem::exists(std::filesystem::symlink_status(path_));
-    const bool is_empty = !is_new && !std::filesystem::is_symlink(path_) &&
-                          std::filesystem::is_directory(path_) &&
-                          std::filesystem::is_empty(path_);
-    if (path.empty() || !(is_new || is_empty)) {
-      fail(errc::io_error, "cannot write directory " + (path.empty() ? "''" : path_.string()) +
-                               ": it must not exist yet, or be empty");
-    }
+  /// Creates a directory of a new name beside `path`, which must not exist or be an empty
+  /// directory; else throws errc::io_error naming it. Missing parents are created.
+  explicit atomic_directory(const std::filesystem::path& path) {
     std::error_code failure;
+    path_ = std::filesystem::absolute(path, failure).lexically_normal();  // fails for ""
+    if (!path_.has_filename()) path_ = path_.parent_path();               // "name/"
+    const bool is_new = !exists(std::filesystem::symlink_status(path_, failure));
+    const bool is_empty = !std::filesystem::is_symlink(path_, failure) &&
+                          std::filesystem::is_directory(path_, failure) &&
+                          std::filesystem::is_empty(path_, failure);
+    if (path_.empty() || !(is_new || is_empty)) {
+      fail(errc::io_error,
+           "cannot write directory '" + path.string() + "': it must not exist yet, or be empty");
+    }
     std::filesystem::create_directories(path_.parent_path(), failure);
     do {
       partial_ = path_;

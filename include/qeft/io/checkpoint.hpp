@@ -62,6 +62,20 @@ inline std::array<linear_part, 4> parts_of(const matrix_descriptor& d) {
            {".weak", scalar, {d.out_channels, d.weak_columns}, s.weak}}};
 }
 
+/// BF16 scales must not exceed 2^119: products with 8-bit codes have to fit FP32.
+inline void check_scales(const std::string& where, span<const std::byte> scales) {
+  constexpr unsigned largest = (119U + 127U) << 7U;
+  for (index_t i = 0; i < scales.size(); i += 2) {
+    std::uint16_t bits = 0;
+    std::memcpy(&bits, scales.data() + i, 2);
+    if ((bits & 0x7fffU) > largest) {
+      fail_corrupt(where, "scale " + std::to_string(i / 2) + " is " +
+                              std::to_string(to_float(bf16_bits{bits})) +
+                              ", but must not exceed 2^119");
+    }
+  }
+}
+
 /// The rule of `weak_index`, or nothing when it holds.
 inline std::string weak_index_error(const std::vector<std::int32_t>& weak_index,
                                     const matrix_descriptor& d) {
@@ -88,8 +102,7 @@ inline std::string weak_index_error(const std::vector<std::int32_t>& weak_index,
 /// for a wrong weak index.
 /// @param matrix     must live until the file is written
 /// @param weak_index the weak columns in the coordinates of the original model, in the order in
-/// which
-///                   they are stored, which is ascending; for `indexed`, those of the matrix
+///                   which they are stored, which is ascending; for `indexed`, those of the matrix
 inline void add_linear(safetensors_writer& writer, const std::string& name,
                        const quantized_matrix<layout::row_packed>& matrix,
                        const std::vector<std::int32_t>& weak_index) {
@@ -150,6 +163,9 @@ inline stored_linear read_linear(const safetensors_reader& reader, const std::st
     if (bad >= 0) {
       fail(errc::not_finite, reader.where() + ": tensor '" + tensor +
                                  "' holds a NaN or infinity at flat index " + std::to_string(bad));
+    }
+    if (part.suffix == std::string(".scales") && d.scalar == scalar_kind::bf16) {
+      detail::check_scales(reader.where() + ": tensor '" + tensor + "'", t.data);
     }
   }
   quantized_matrix<layout::row_packed> matrix(

@@ -15,11 +15,16 @@
 namespace qeft::io {
 
 /// Parses UTF-8 text; throws errc::corrupt_file, with `where` in front, for anything but one JSON
-/// value in which no object names a key twice.
+/// value in which no object names a key twice and nothing is nested deeper than 64 (printing and
+/// destroying a value is recursive: a hostile file could exhaust the stack).
 inline nlohmann::json parse_json(std::string_view text, const std::string& where) {
   using event = nlohmann::json::parse_event_t;
   std::vector<std::unordered_set<std::string>> keys;  // of the objects being parsed
-  const auto refuse_duplicates = [&](int, event e, nlohmann::json& parsed) {
+  constexpr int most_depth = 64;
+  const auto check = [&](int depth, event e, nlohmann::json& parsed) {
+    if (depth > most_depth) {
+      fail_corrupt(where, "nested deeper than " + std::to_string(most_depth));
+    }
     if (e == event::object_start) keys.emplace_back();
     if (e == event::object_end) keys.pop_back();
     if (e == event::key && !keys.back().insert(parsed.get<std::string>()).second) {
@@ -28,7 +33,7 @@ inline nlohmann::json parse_json(std::string_view text, const std::string& where
     return true;
   };
   try {
-    return nlohmann::json::parse(text.begin(), text.end(), refuse_duplicates);
+    return nlohmann::json::parse(text.begin(), text.end(), check);
   } catch (const nlohmann::json::exception& e) {
     fail_corrupt(where, std::string("not valid JSON: ") + e.what());
   }

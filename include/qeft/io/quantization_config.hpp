@@ -111,7 +111,14 @@ inline quantization_config quantization_config_from_json(const nlohmann::json& j
   }
   quantization_config config;
   config.defaults = detail::format_from_json(fields, {});
-  if (fields.has("provenance")) config.provenance = *fields.find("provenance");
+  if (!is_supported_bits(config.defaults.bits)) fields.refuse("bits", "2, 3, 4 or 8");
+  if (!is_supported_group_size(config.defaults.group_size)) {
+    fields.refuse("group_size", "a positive multiple of 32, or -1");
+  }
+  if (fields.has("provenance")) {
+    config.provenance = *fields.find("provenance");
+    if (!config.provenance.is_object()) fields.refuse("provenance", "an object");
+  }
   if (!fields.has("layers")) fields.refuse("layers", "an object");
   const json_fields layers(*fields.find("layers"), fields.where() + ": layers");
   for (const auto& [name, entry] : layers.object().items()) {

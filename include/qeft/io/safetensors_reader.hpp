@@ -187,16 +187,18 @@ class safetensors_file {
 /// that model.safetensors.index.json lists. Movable.
 class safetensors_reader {
  public:
-  /// Opens everything at once, so that a missing shard or tensor is known before work starts.
+  /// Opens everything at once, so that a missing shard or tensor is known before work starts. Of
+  /// shards, only the tensors that the index lists are seen.
   /// Throws errc::io_error or errc::corrupt_file naming the shard and the tensor.
   explicit safetensors_reader(const std::filesystem::path& path) : where_(path.string()) {
     const std::filesystem::path single = path / "model.safetensors";
     const std::filesystem::path index = path / "model.safetensors.index.json";
-    if (!std::filesystem::is_directory(path)) {
+    std::error_code unknown;  // then opening says why
+    if (!std::filesystem::is_directory(path, unknown)) {
       open_file(path);
-    } else if (std::filesystem::exists(single)) {
+    } else if (std::filesystem::exists(single, unknown)) {
       open_file(single);
-    } else if (std::filesystem::exists(index)) {
+    } else if (std::filesystem::exists(index, unknown)) {
       open_shards(path, index);
     } else {
       fail(errc::io_error,
@@ -251,8 +253,8 @@ class safetensors_reader {
   void open_shards(const std::filesystem::path& directory, const std::filesystem::path& index) {
     const nlohmann::json parsed = load_json(index);
     const auto weight_map = parsed.find("weight_map");
-    if (weight_map == parsed.end() || !weight_map->is_object()) {
-      fail_corrupt(index.string(), "weight_map must be an object");
+    if (weight_map == parsed.end() || !weight_map->is_object() || weight_map->empty()) {
+      fail_corrupt(index.string(), "weight_map must be an object that lists tensors");
     }
     std::map<std::string, std::vector<std::string>> by_shard;
     for (const auto& [name, shard] : weight_map->items()) {
@@ -267,7 +269,8 @@ class safetensors_reader {
     }
     files_.reserve(by_shard.size());  // tensors_ points into the files
     for (const auto& [shard, names] : by_shard) {
-      if (!std::filesystem::exists(directory / shard)) {
+      std::error_code unknown;
+      if (!std::filesystem::exists(directory / shard, unknown)) {
         fail(errc::io_error, index.string() + ": shard " + shard + ", which holds '" +
                                  names.front() + "', is missing");
       }

@@ -34,10 +34,14 @@ class safetensors_writer {
 
   /// @param metadata goes into each file's `__metadata__`; UTF-8; "qeft.checksum" is ours
   explicit safetensors_writer(metadata_map metadata = {}) : metadata_(std::move(metadata)) {
-    if (!metadata_.emplace(checksum_key, to_hex(0)).second) {
-      fail(errc::invalid_argument,
-           std::string("safetensors_writer: metadata holds the reserved key ") + checksum_key);
+    for (const auto& [key, value] : metadata_) {
+      if (key.find(checksum_key) != std::string::npos ||
+          value.find(checksum_key) != std::string::npos) {
+        fail(errc::invalid_argument,
+             "safetensors_writer: metadata '" + key + "' holds the reserved name " + checksum_key);
+      }
     }
+    metadata_.emplace(checksum_key, to_hex(0));
   }
 
   /// Bytes that stay valid until the file is written.
@@ -88,42 +92,41 @@ class safetensors_writer {
   void write(const std::filesystem::path& path) const {
     std::vector<const entry*> all;
     for (const entry& t : tensors_) all.push_back(&t);
-    write_file(path, std::move(all));
+    atomic_file file(path);
+    fill(file, std::move(all));
+    file.commit();
   }
 
   /// Writes model.safetensors into a directory or, where that would hold more than
   /// `max_shard_bytes`, shards in the order of add() and model.safetensors.index.json. Throws like
-  /// write(), and then removes the shards it has written.
+  /// write(), and then a model that was there is as it was.
   void write_directory(const std::filesystem::path& directory,
                        index_t max_shard_bytes = 5'000'000'000) const {
     const auto shards = split(max_shard_bytes);
     const std::filesystem::path single = directory / "model.safetensors";
     const std::filesystem::path index = directory / "model.safetensors.index.json";
     const std::filesystem::path& other = shards.size() == 1 ? index : single;
-    if (std::filesystem::exists(other)) {
+    std::error_code unknown;
+    if (std::filesystem::exists(other, unknown)) {
       fail(errc::io_error, "cannot write a model to " + directory.string() + ": it holds " +
                                other.filename().string() + " of another model; remove it first");
     }
     if (shards.size() == 1) return write(single);
 
-    std::vector<std::filesystem::path> written;
-    try {
-      nlohmann::json weight_map = nlohmann::json::object();
-      for (std::size_t i = 0; i < shards.size(); ++i) {
-        char file[64];
-        std::snprintf(file, sizeof file, "model-%05zu-of-%05zu.safetensors", i + 1, shards.size());
-        write_file(directory / file, shards[i]);
-        written.push_back(directory / file);
-        for (const entry* t : shards[i]) weight_map[t->name] = file;
-      }
-      const nlohmann::json parsed = {{"metadata", {{"total_size", data_bytes()}}},
-                                     {"weight_map", std::move(weight_map)}};
-      write_text_file(index, parsed.dump(2) + "\n");
-    } catch (...) {
-      std::error_code ignored;
-      for (const auto& path : written) std::filesystem::remove(path, ignored);
-      throw;
+    // All shards are complete before the first replaces an older one.
+    nlohmann::json weight_map = nlohmann::json::object();
+    std::vector<std::unique_ptr<atomic_file>> files;
+    for (std::size_t i = 0; i < shards.size(); ++i) {
+      char file[64];
+      std::snprintf(file, sizeof file, "model-%05zu-of-%05zu.safetensors", i + 1, shards.size());
+      files.push_back(std::make_unique<atomic_file>(directory / file));
+      fill(*files.back(), shards[i]);
+      for (const entry* t : shards[i]) weight_map[t->name] = file;
     }
+    const nlohmann::json parsed = {{"metadata", {{"total_size", data_bytes()}}},
+                                   {"weight_map", std::move(weight_map)}};
+    for (const auto& file : files) file->commit();
+    write_text_file(index, parsed.dump(2) + "\n");
   }
 
  private:
@@ -180,7 +183,7 @@ class safetensors_writer {
     return text;
   }
 
-  void write_file(const std::filesystem::path& path, std::vector<const entry*> tensors) const {
+  void fill(atomic_file& file, std::vector<const entry*> tensors) const {
     std::sort(tensors.begin(), tensors.end(), [](const entry* a, const entry* b) {
       const index_t left = size_of(a->type);
       const index_t right = size_of(b->type);
@@ -188,16 +191,14 @@ class safetensors_writer {
     });
     const std::string head = header(tensors);
     const auto length = static_cast<std::uint64_t>(head.size());
-    atomic_file file(path);
     file.write({reinterpret_cast<const std::byte*>(&length), 8});
     file.write(head);
     std::uint64_t checksum = 0;
     for (const entry* t : tensors) checksum += write_tensor(file, *t);
-    // The checksum is known only now; its place in the header holds zeros. Inside other strings of
-    // the header these quotes would be escaped.
-    const std::string mark = std::string("\"") + checksum_key + "\":\"";
+    // The checksum is known only now; its place in the header holds zeros. No other key can end
+    // with its name (see the constructor).
+    const std::string mark = std::string(checksum_key) + "\":\"";
     file.overwrite(static_cast<long>(8 + head.find(mark) + mark.size()), to_hex(checksum));
-    file.commit();
   }
 
   static std::uint64_t write_tensor(atomic_file& file, const entry& t) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The sizes a layout needs to place codes, group parameters and weak columns.
 //
-// A layout is a stateless type with these static members; all indices are in range, (n, k) is output
-// channel n and dense column k, g a group, j a weak column:
+// A layout is a stateless type with these static members; all indices are in range, (n, k) is
+// output channel n and dense column k, g a group, j a weak column:
 //   padded_rows(oc)              rows for which parameters and weak columns are stored
 //   code_words<Bits>(e)          32-bit words of codes
 //   locate<Bits>(e, p, n, k)     where bit plane p of a code lies

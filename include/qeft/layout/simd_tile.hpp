@@ -10,9 +10,9 @@ namespace qeft::layout {
 
 /// A tile is 32 rows x 32 columns and takes `Bits` runs of 32 words; word w of row r is at
 /// 32 * w + r of its tile. The column tiles of 32 rows are contiguous. A word holds consecutive
-/// columns of one row, lowest bits first; in the 1-bit plane of 3-bit codes column c of the tile is at
-/// bit 2 * (c % 16) + c / 16, so that it lines up with the 2-bit plane.
-/// Parameters: 32 rows of a group side by side. Weak columns: 32 rows of a column side by side.
+/// columns of one row, lowest bits first; in the 1-bit plane of 3-bit codes column c of the tile is
+/// at bit 2 * (c % 16) + c / 16, so that it lines up with the 2-bit plane. Parameters: 32 rows of a
+/// group side by side. Weak columns: 32 rows of a column side by side.
 struct simd_tile {
   static constexpr const char* name = "simd_tile";
   static constexpr index_t rows = 32;

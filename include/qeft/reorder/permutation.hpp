@@ -11,20 +11,24 @@
 
 namespace qeft {
 
-/// What a kernel needs of a permutation: position i takes what was at (*this)[i]. Trivially copyable.
-template <class Memory = host_memory>
-struct permutation_view {
-  const std::int32_t* source;  // (size)
-  index_t size;
-  QEFT_HOST_DEVICE constexpr index_t operator[](index_t i) const noexcept { return source[i]; }
-};
+namespace detail {
+
+/// Indices are 32 bits.
+inline void check_size(const char* function, index_t size) {
+  if (size >= 0 && size <= std::numeric_limits<std::int32_t>::max()) return;
+  fail(errc::invalid_argument,
+       std::string(function) + ": size is " + std::to_string(size) + ", but must be in [0, 2^31)");
+}
+
+}  // namespace detail
 
 /// A bijection of [0, size). Applying it to a vector x gives y with y[i] = x[source(i)].
 class permutation {
  public:
   permutation() = default;
 
-  /// @param source source[i] is the old index that moves to position i; throws qeft::error naming the
+  /// @param source source[i] is the old index that moves to position i; throws qeft::error naming
+  /// the
   ///               first entry that is out of range or repeated
   explicit permutation(std::vector<std::int32_t> source) : source_(std::move(source)) {
     const auto n = static_cast<index_t>(source_.size());
@@ -41,17 +45,19 @@ class permutation {
     }
   }
 
+  /// Leaves everything where it is. @param size in [0, 2^31)
   static permutation identity(index_t size) {
+    detail::check_size("permutation::identity", size);
     std::vector<std::int32_t> source(static_cast<std::size_t>(size));
     for (std::size_t i = 0; i < source.size(); ++i) source[i] = static_cast<std::int32_t>(i);
     return permutation(std::move(source));
   }
 
   index_t size() const noexcept { return static_cast<index_t>(source_.size()); }
+  /// The old index that moves to position i.
   index_t operator[](index_t i) const noexcept { return source_[static_cast<std::size_t>(i)]; }
   const std::vector<std::int32_t>& source() const& noexcept { return source_; }
   std::vector<std::int32_t> source() && { return std::move(source_); }
-  permutation_view<host_memory> view() const noexcept { return {source_.data(), size()}; }
 
   bool is_identity() const noexcept {
     for (index_t i = 0; i < size(); ++i) {
@@ -94,6 +100,7 @@ inline permutation compose(const permutation& first, const permutation& second) 
 /// Robust columns in order, then the weak ones in order (METHOD section 4).
 /// @param weak ascending columns in [0, size)
 inline permutation weak_last(index_t size, const std::vector<std::int32_t>& weak) {
+  detail::check_size("weak_last", size);
   std::vector<std::int32_t> source;
   source.reserve(static_cast<std::size_t>(size));
   std::size_t next = 0;
@@ -105,10 +112,9 @@ inline permutation weak_last(index_t size, const std::vector<std::int32_t>& weak
     }
   }
   if (next != weak.size()) {
-    fail(errc::invalid_argument, "weak_last: weak[" + std::to_string(next) + "] is " +
-                                     std::to_string(weak[next]) +
-                                     ", but weak must ascend and stay below " +
-                                     std::to_string(size));
+    fail(errc::invalid_argument,
+         "weak_last: weak[" + std::to_string(next) + "] is " + std::to_string(weak[next]) +
+             ", but weak must ascend and stay below " + std::to_string(size));
   }
   source.insert(source.end(), weak.begin(), weak.end());
   return permutation(std::move(source));
@@ -163,9 +169,9 @@ inline permutation repeat_heads(const permutation& value, index_t heads, index_t
       for (index_t c = 0; c < head_dim; ++c) {
         const index_t s = value[h * head_dim + c];
         if (s / head_dim != h) {
-          fail(errc::invalid_argument,
-               "repeat_heads: channel " + std::to_string(s) + " moves to head " +
-                   std::to_string(h) + ", but channels must stay in their head");
+          fail(errc::invalid_argument, "repeat_heads: channel " + std::to_string(s) +
+                                           " moves to head " + std::to_string(h) +
+                                           ", but channels must stay in their head");
         }
         source.push_back(static_cast<std::int32_t>((h * repeats + r) * head_dim + s % head_dim));
       }
@@ -178,7 +184,7 @@ inline permutation repeat_heads(const permutation& value, index_t heads, index_t
 /// @param data (p.size(), columns) row-major, permuted in place (needs a copy of the data)
 template <class T>
 void permute_rows(const permutation& p, span<T> data, index_t columns) {
-  if (data.size() != p.size() * columns) {
+  if (data.size() != checked_product(p.size(), columns, "permute_rows: columns")) {
     fail(errc::invalid_argument, "permute_rows: the matrix has " + std::to_string(data.size()) +
                                      " elements, but " + std::to_string(p.size()) + " x " +
                                      std::to_string(columns) + " are needed");
@@ -195,7 +201,7 @@ void permute_rows(const permutation& p, span<T> data, index_t columns) {
 /// @param data (rows, p.size()) row-major, permuted in place; rows = 1 permutes a vector
 template <class T>
 void permute_columns(const permutation& p, span<T> data, index_t rows = 1) {
-  if (data.size() != p.size() * rows) {
+  if (data.size() != checked_product(p.size(), rows, "permute_columns: rows")) {
     fail(errc::invalid_argument, "permute_columns: the matrix has " + std::to_string(data.size()) +
                                      " elements, but " + std::to_string(rows) + " x " +
                                      std::to_string(p.size()) + " are needed");

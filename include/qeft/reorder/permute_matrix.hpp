@@ -11,8 +11,8 @@
 
 namespace qeft {
 
-/// The layer with output channel i = old output channel p[i]: rows move with their scales, zero points
-/// and weak columns.
+/// The layer with output channel i = old output channel p[i]: rows move with their scales, zero
+/// points and weak columns.
 inline quantized_matrix<layout::row_packed> permute_rows(
     const permutation& p, const quantized_matrix<layout::row_packed>& w) {
   const matrix_descriptor& d = w.descriptor();
@@ -43,9 +43,9 @@ inline quantized_matrix<layout::row_packed> permute_rows(
 /// The layer with input column i = old input column p[i].
 ///
 /// Moving a dense column would move it between groups, so `p` must keep the dense columns in their
-/// order, as Offline Global Reordering does; then no code moves, and only the place of the weak columns
-/// changes: they become `tail` or (with `heads` > 1) `per_head` when they arrive there, else `indexed`.
-/// Weak columns may be permuted among themselves.
+/// order, as Offline Global Reordering does; then no code moves, and only the place of the weak
+/// columns changes: they become `tail` or (with `heads` > 1) `per_head` when they arrive there,
+/// else `indexed`. Weak columns may be permuted among themselves.
 inline quantized_matrix<layout::row_packed> permute_columns(
     const permutation& p, const quantized_matrix<layout::row_packed>& w, index_t heads = 1) {
   const matrix_descriptor& d = w.descriptor();
@@ -53,6 +53,10 @@ inline quantized_matrix<layout::row_packed> permute_columns(
     fail(errc::invalid_argument, "permute_columns: the permutation has " +
                                      std::to_string(p.size()) + " entries, but in_channels is " +
                                      std::to_string(d.in_channels));
+  }
+  if (heads < 1) {
+    fail(errc::invalid_argument,
+         "permute_columns: heads is " + std::to_string(heads) + ", but must be positive");
   }
   std::vector<std::int32_t> new_index;  // where the weak columns arrive
   std::vector<index_t> weak_source;     // and which they are
@@ -66,7 +70,8 @@ inline quantized_matrix<layout::row_packed> permute_columns(
       } else if (from.index != next_dense++) {
         fail(errc::invalid_argument,
              "permute_columns: input column " + std::to_string(p[i]) + " moves to " +
-                 std::to_string(i) + " and changes the order of the quantised columns; only weak "
+                 std::to_string(i) +
+                 " and changes the order of the quantised columns; only weak "
                  "columns can move after packing");
       }
     }
@@ -76,7 +81,8 @@ inline quantized_matrix<layout::row_packed> permute_columns(
   to.heads = 1;
   const auto arrives_as = [&](auto weak) {
     for (index_t j = 0; j < d.weak_columns; ++j) {
-      if (weak.weak_column(j, d.in_channels) != new_index[static_cast<std::size_t>(j)]) return false;
+      if (weak.weak_column(j, d.in_channels) != new_index[static_cast<std::size_t>(j)])
+        return false;
     }
     return true;
   };
@@ -105,8 +111,8 @@ inline quantized_matrix<layout::row_packed> permute_columns(
   const auto* from_weak = reinterpret_cast<const std::uint16_t*>(w.weak().data());
   for (index_t n = 0; n < d.out_channels; ++n) {
     for (index_t j = 0; j < d.weak_columns; ++j) {
-      result.write_weak(
-          n, j, from_weak[n * d.weak_columns + weak_source[static_cast<std::size_t>(j)]]);
+      result.write_weak(n, j,
+                        from_weak[n * d.weak_columns + weak_source[static_cast<std::size_t>(j)]]);
     }
   }
   return result;

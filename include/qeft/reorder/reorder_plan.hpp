@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Offline Global Reordering over a described graph (METHOD section 4).
 //
-// A model is described by its channel spaces (the residual stream, the inner channels of each MLP, the
-// channels of each layer's value heads) and by the tensors whose rows or columns run over them. A
-// permutation per space then tells, for every tensor, how to permute it so that the model's function
-// does not change: whoever writes a space and whoever reads it are permuted alike.
+// A model is described by its channel spaces (the residual stream, the inner channels of each MLP,
+// the channels of each layer's value heads) and by the tensors whose rows or columns run over them.
+// A permutation per space then tells, for every tensor, how to permute it so that the model's
+// function does not change: whoever writes a space and whoever reads it are permuted alike.
 #pragma once
 
 #include <map>
@@ -28,31 +28,29 @@ class reorder_graph {
   /// A space of channels that may be permuted freely, or within `heads` equal heads only.
   space_id add_space(std::string name, index_t channels, index_t heads = 1) {
     if (channels < 1 || heads < 1 || channels % heads != 0) {
-      fail(errc::invalid_argument, "reorder_graph: space " + name + " has " +
-                                       std::to_string(channels) + " channels in " +
-                                       std::to_string(heads) +
-                                       " heads, but both must be positive and heads a divisor");
+      fail(errc::invalid_argument,
+           "reorder_graph: space " + name + " has " + std::to_string(channels) + " channels in " +
+               std::to_string(heads) + " heads, but both must be positive and heads a divisor");
     }
     spaces_.push_back({std::move(name), channels, heads, no_space, 1});
     return static_cast<space_id>(spaces_.size()) - 1;
   }
 
-  /// A space in which every head of `base` stands `repeats` times in a row: the attention output under
-  /// grouped-query attention. Its permutation follows from that of `base`.
+  /// A space in which every head of `base` stands `repeats` times in a row: the attention output
+  /// under grouped-query attention. Its permutation follows from that of `base`.
   space_id add_repeated_space(std::string name, space_id base, index_t repeats) {
     const space& b = at(base);
     if (repeats < 1 || b.base != no_space) {
-      fail(errc::invalid_argument, "reorder_graph: space " + name + " repeats " + b.name + " " +
-                                       std::to_string(repeats) +
-                                       " times, but repeats must be positive and " + b.name +
-                                       " not a repetition itself");
+      fail(errc::invalid_argument,
+           "reorder_graph: space " + name + " repeats " + b.name + " " + std::to_string(repeats) +
+               " times, but repeats must be positive and " + b.name + " not a repetition itself");
     }
     spaces_.push_back({std::move(name), b.channels * repeats, b.heads * repeats, base, repeats});
     return static_cast<space_id>(spaces_.size()) - 1;
   }
 
-  /// A tensor (rows, columns): its rows run over one space, its columns over another. A norm's weight
-  /// or a bias is one row, whose columns run over the space.
+  /// A tensor (rows, columns): its rows run over one space, its columns over another. A norm's
+  /// weight or a bias is one row, whose columns run over the space.
   void add_tensor(std::string name, space_id rows, space_id columns) {
     if (rows != no_space) at(rows);
     if (columns != no_space) at(columns);

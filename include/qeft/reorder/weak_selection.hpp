@@ -8,8 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "qeft/core/math.hpp"
-#include "qeft/core/memory.hpp"
+#include "qeft/reorder/permutation.hpp"
 
 namespace qeft {
 
@@ -38,9 +37,9 @@ namespace detail {
 inline void check_sensitivity(span<const double> s, index_t k, const char* function) {
   for (index_t j = 0; j < s.size(); ++j) {
     if (!std::isfinite(s[j]) || s[j] < 0.0) {
-      fail(errc::not_finite, std::string(function) + ": the sensitivity of column " +
-                                 std::to_string(j) + " is " + std::to_string(s[j]) +
-                                 ", but must be finite and not negative");
+      fail(errc::invalid_argument, std::string(function) + ": the sensitivity of column " +
+                                       std::to_string(j) + " is " + std::to_string(s[j]) +
+                                       ", but must be finite and not negative");
     }
   }
   if (k < 0 || k > s.size()) {
@@ -51,8 +50,8 @@ inline void check_sensitivity(span<const double> s, index_t k, const char* funct
 
 }  // namespace detail
 
-/// The k columns of greatest sensitivity, in ascending order of column; among equals the lower column
-/// wins, so the choice is reproducible.
+/// The k columns of greatest sensitivity, in ascending order of column; among equals the lower
+/// column wins, so the choice is reproducible.
 inline std::vector<std::int32_t> top_k(span<const double> sensitivity, index_t k) {
   detail::check_sensitivity(sensitivity, k, "top_k");
   std::vector<std::int32_t> order(static_cast<std::size_t>(sensitivity.size()));
@@ -65,23 +64,25 @@ inline std::vector<std::int32_t> top_k(span<const double> sensitivity, index_t k
   return order;
 }
 
-/// The k / heads most sensitive channels of every head, shared by the query heads that read one value
-/// head (their sensitivities add up), so that a permutation inside value heads can bring them to the
-/// tails.
+/// The k / heads most sensitive channels of every head, shared by the query heads that read one
+/// value head (their sensitivities add up), so that a permutation inside value heads can bring them
+/// to the tails.
 /// @param sensitivity (heads * head_dim) of o_proj's input columns
 /// @param heads       query heads, a multiple of value_heads
 /// @param k           weak columns in all, a multiple of heads
-/// @return ascending columns, equally many and at the same channels for all query heads of a value head
+/// @return ascending columns, equally many and at the same channels for all query heads of a value
+/// head
 inline std::vector<std::int32_t> top_k_per_head(span<const double> sensitivity, index_t heads,
                                                 index_t value_heads, index_t k) {
   detail::check_sensitivity(sensitivity, k, "top_k_per_head");
   if (heads < 1 || value_heads < 1 || heads % value_heads != 0 || sensitivity.size() % heads != 0 ||
       k % heads != 0) {
-    fail(errc::invalid_argument,
-         "top_k_per_head: heads is " + std::to_string(heads) + " with value_heads = " +
-             std::to_string(value_heads) + ", but heads must be a multiple of value_heads and "
-             "divide both the " + std::to_string(sensitivity.size()) + " columns and k = " +
-             std::to_string(k));
+    fail(errc::invalid_argument, "top_k_per_head: heads is " + std::to_string(heads) +
+                                     " with value_heads = " + std::to_string(value_heads) +
+                                     ", but heads must be a multiple of value_heads and "
+                                     "divide both the " +
+                                     std::to_string(sensitivity.size()) +
+                                     " columns and k = " + std::to_string(k));
   }
   const index_t head_dim = sensitivity.size() / heads;
   const index_t repeats = heads / value_heads;
@@ -109,21 +110,23 @@ enum class accumulation {
   all_columns,  // every column: the authors' published code
 };
 
-/// Global selection over all layers that read one stream: S[c] += s[c] / mean(s), then the k largest.
+/// Global selection over all layers that read one stream: S[c] += s[c] / mean(s), then the k
+/// largest.
 class global_selection {
  public:
   global_selection(index_t channels, index_t k, accumulation which = accumulation::top_k)
-      : k_(k), which_(which), sum_(static_cast<std::size_t>(channels), 0.0) {
+      : k_(k), which_(which) {
+    detail::check_size("global_selection", channels);
+    sum_.resize(static_cast<std::size_t>(channels));
     detail::check_sensitivity(sum_, k, "global_selection");
   }
 
   /// Adds one layer. A layer without any activation (mean 0) says nothing and adds nothing.
   void add(span<const double> sensitivity) {
     if (sensitivity.size() != static_cast<index_t>(sum_.size())) {
-      fail(errc::invalid_argument, "global_selection::add: the layer has " +
-                                       std::to_string(sensitivity.size()) +
-                                       " columns, but the stream has " +
-                                       std::to_string(sum_.size()));
+      fail(errc::invalid_argument,
+           "global_selection::add: the layer has " + std::to_string(sensitivity.size()) +
+               " columns, but the stream has " + std::to_string(sum_.size()));
     }
     detail::check_sensitivity(sensitivity, k_, "global_selection::add");
     double mean = 0.0;

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "qeft/reorder/permutation.hpp"
 #include "qeft/solver/matrix_ops.hpp"
 
 namespace qeft::solver {
@@ -21,8 +22,8 @@ struct damping_options {
 /// Throws when an option breaks its rule.
 inline void check(const damping_options& o) {
   if (!(o.damping >= 0.0 && o.damping <= 1.0)) {
-    fail(errc::invalid_argument, "damping_options: damping is " + std::to_string(o.damping) +
-                                     ", but must be in [0, 1]");
+    fail(errc::invalid_argument,
+         "damping_options: damping is " + std::to_string(o.damping) + ", but must be in [0, 1]");
   }
 }
 
@@ -127,14 +128,15 @@ inline bool reversed_inverse(const on_host& exec, const double* l, index_t n, fl
 /// for half the operations of inverting and factoring again. Computed in double: the condition
 /// number of a damped H with outlier columns can exceed what FP32 resolves.
 ///
-/// A dead input (H_jj = 0) gets H_jj = 1, which decouples it. The damping is relative to the mean
-/// of the diagonal over live inputs. When the factorisation fails, lambda grows tenfold (from at
-/// least 0.001) while it is at most 1; then errc::not_positive_definite is thrown.
+/// A dead input (H_jj = 0) gets H_jj = 1 and is decoupled: what underflow left of its row counts as
+/// 0. The damping is relative to the mean of the diagonal over live inputs. When the factorisation
+/// fails, lambda grows tenfold (from at least 0.001) while it is at most 1; then
+/// errc::not_positive_definite is thrown.
 /// @param h      (n, n) symmetric, as hessian_accumulator::finish returns it
-/// @param order  column of `h` that stands at each of the n positions of U: a permutation
+/// @param order  column of `h` that stands at each of the n positions of U
 /// @param robust the first `robust` positions of `order` are robust columns (the others are weak)
 inline inverse_factor factor_inverse(const on_host& exec, span<const float> h,
-                                     span<const std::int32_t> order, index_t robust,
+                                     const permutation& order, index_t robust,
                                      const damping_options& options) {
   const index_t n = order.size();
   if (h.size() != n * n) {
@@ -154,7 +156,7 @@ inline inverse_factor factor_inverse(const on_host& exec, span<const float> h,
                                             std::to_string(order[p]) + "] is " + std::to_string(d) +
                                             ", but a Hessian's diagonal cannot be negative");
     }
-    if (d == 0.0) result.dead_inputs.push_back(order[p]);
+    if (d == 0.0) result.dead_inputs.push_back(static_cast<std::int32_t>(order[p]));
     if (d > 0.0 && (p < robust || !options.robust_mean)) {
       sum += d;
       ++live;
@@ -170,10 +172,13 @@ inline inverse_factor factor_inverse(const on_host& exec, span<const float> h,
       for (index_t j = begin; j < end; ++j) {
         const float* row = h.data() + order[n - 1 - j] * n;  // h is symmetric: row = column
         double* column = a.data() + j * n;
+        const bool dead = row[order[n - 1 - j]] == 0.0F;
         for (index_t i = j; i < n; ++i) {
-          column[i] = static_cast<double>(row[order[n - 1 - i]]);
+          const index_t other = order[n - 1 - i];
+          const bool coupled = !dead && h[other * (n + 1)] != 0.0F;
+          column[i] = coupled ? static_cast<double>(row[other]) : 0.0;
         }
-        column[j] = column[j] == 0.0 ? 1.0 : column[j] + lambda * mean;
+        column[j] = dead ? 1.0 : column[j] + lambda * mean;
       }
     });
     if (detail::cholesky_lower(exec, a.data(), n) &&

@@ -135,7 +135,8 @@ struct weight_range {
   }
 };
 
-/// A power of two that brings weights up to `largest` near 1, so that no norm under- or overflows.
+/// A power of two that brings weights up to `largest` near 1 (those below 2^-126 as near as FP32
+/// allows), so that no norm overflows and none underflows that matters.
 inline float normalizer(double largest) {
   if (largest == 0.0) return 1.0F;
   return static_cast<float>(std::ldexp(1.0, std::clamp(-std::ilogb(largest), -126, 126)));
@@ -304,7 +305,8 @@ auto visit_scalar(scalar_kind kind, Visitor&& visitor) {
 
 }  // namespace detail
 
-/// Smallest and largest weight at the two ends of the code range.
+/// The scale that spreads all codes over the whole range of the weights (symmetric: over as much on
+/// both sides of zero), and the zero point that goes with it.
 /// @pre w is finite, is_supported_bits(f.bits)
 inline group_choice minmax_params(span<const float> w, const group_format& f) {
   return detail::visit_scalar(f.scalar, [&](auto s) { return detail::minmax<decltype(s)>(w, f); });

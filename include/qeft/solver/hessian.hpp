@@ -25,12 +25,17 @@ class hessian_accumulator {
   }
 
   index_t in_channels() const noexcept { return n_; }
+  /// Tokens added so far.
   index_t tokens() const noexcept { return tokens_; }
 
   /// Adds a sample: x is (tokens, in_channels), row-major. Throws not_finite naming token and
   /// channel; the sum is then unchanged.
   void add(const on_host& exec, const float* x, index_t tokens) {
-    if (tokens <= 0) return;
+    if (tokens < 0) {
+      fail(errc::invalid_argument, "hessian_accumulator::add: tokens is " + std::to_string(tokens) +
+                                       ", but must not be negative");
+    }
+    if (tokens == 0) return;
     check_finite(exec, x, tokens, n_, "hessian_accumulator::add: x (tokens x in_channels)");
     const index_t blocks = ceil_div(n_, tile);
     exec.parallel_for(blocks * (blocks + 1) / 2, 1, [&](index_t begin, index_t end) {

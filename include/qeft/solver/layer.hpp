@@ -10,6 +10,7 @@
 
 #include "qeft/container/pack.hpp"
 #include "qeft/container/quantized_matrix.hpp"
+#include "qeft/reorder/permutation.hpp"
 #include "qeft/solver/cholesky.hpp"
 #include "qeft/solver/group_search.hpp"
 
@@ -99,23 +100,13 @@ class layer_builder {
         format_{o.bits, o.zero, o.scalar} {
     zeros_.resize(
         o.zero == zero_kind::integer ? static_cast<std::size_t>(out_channels * extent_.groups) : 0);
-    index_t weak = 0;
-    for (index_t c = 0; c < in_channels; ++c) {
-      if (weak < extent_.weak && o.weak_columns[static_cast<std::size_t>(weak)] == c) {
-        ++weak;
-      } else {
-        dense_columns_.push_back(static_cast<std::int32_t>(c));
-      }
-    }
+    dense_columns_ = weak_last(in_channels, o.weak_columns).source();
+    dense_columns_.resize(static_cast<std::size_t>(extent_.dense));
   }
 
   const layout::extent& extent() const noexcept { return extent_; }
   const group_format& format() const noexcept { return format_; }
-  /// Columns per group; the last group may be shorter.
-  index_t group_size() const noexcept {
-    const index_t g = matrix_.descriptor().group_size;
-    return g == per_channel ? std::max(extent_.dense, index_t{1}) : g;
-  }
+  index_t group_size() const noexcept { return matrix_.descriptor().columns_per_group(); }
   /// Input columns of the dense columns, ascending.
   const std::vector<std::int32_t>& dense_columns() const noexcept { return dense_columns_; }
   const std::vector<std::int32_t>& weak_columns() const noexcept { return matrix_.weak_index(); }

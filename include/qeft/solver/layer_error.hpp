@@ -43,8 +43,7 @@ inline void dequantize_row(const quantized_matrix<>& m, index_t n, std::vector<s
           lower = d.zero == zero_kind::symmetric ? -static_cast<float>(1 << (d.bits - 1))
                                                  : -static_cast<float>(zero);
         }
-        const index_t end =
-            d.group_size == per_channel ? e.dense : std::min(e.dense, i + d.group_size);
+        const index_t end = std::min(e.dense, i + d.columns_per_group());
         for (; i < end; ++i) {
           out[weak.dense_column(i, d.in_channels)] =
               s * (static_cast<float>(codes[static_cast<std::size_t>(i)]) + lower) + offset;

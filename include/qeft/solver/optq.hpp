@@ -57,7 +57,8 @@ class optq_solver {
         e_(builder.extent()),
         n_(e_.dense + e_.weak),
         static_groups_(options.static_groups || options.act_order),
-        group_size_(builder.group_size()) {}
+        group_size_(builder.group_size()),
+        err_stride_(std::min(options.tuning.block_columns, std::max<index_t>(e_.dense, 1))) {}
 
   void run(const on_host& exec) const {
     const index_t tile = options_.tuning.tile_rows;
@@ -84,7 +85,7 @@ class optq_solver {
     s.first_row = first_row;
     s.rows = last_row - first_row;
     s.w.resize(static_cast<std::size_t>(s.rows * n_));
-    s.err.resize(static_cast<std::size_t>(s.rows * options_.tuning.block_columns));
+    s.err.resize(static_cast<std::size_t>(s.rows * err_stride_));
     s.codes.resize(static_cast<std::size_t>(s.rows * e_.dense));
     s.quantizers.resize(static_cast<std::size_t>(s.rows * e_.groups));
     load(s);
@@ -164,7 +165,7 @@ class optq_solver {
         const float level = q.level(w[c]);
         s.codes[static_cast<std::size_t>(r * e_.dense + i)] = q.code(level);
         const float err = (w[c] - q.value(level)) / u_cc;
-        s.err[static_cast<std::size_t>(r * options_.tuning.block_columns + c - begin)] = err;
+        s.err[static_cast<std::size_t>(r * err_stride_ + c - begin)] = err;
         for (index_t p = c + 1; p < end; ++p) w[p] -= err * u[p];
       }
     }
@@ -176,7 +177,7 @@ class optq_solver {
   void update_later_columns(tile_state& s, index_t begin, index_t end) const {
     if (end == n_) return;
     map_rows(s.w.data() + end, s.rows, n_ - end, n_).noalias() -=
-        map_rows(s.err.data(), s.rows, end - begin, options_.tuning.block_columns) *
+        map_rows(s.err.data(), s.rows, end - begin, err_stride_) *
         map_rows(factor_.u.data() + begin * n_ + end, end - begin, n_ - end, n_);
   }
 
@@ -203,6 +204,7 @@ class optq_solver {
   index_t n_;
   bool static_groups_;
   index_t group_size_;
+  index_t err_stride_;  // columns of a block, at most
 };
 
 }  // namespace qeft::solver::detail

@@ -70,7 +70,7 @@ inline layer_result quantize_layer(const on_host& exec, span<const float> w, ind
   } else {
     const detail::solve_order order = detail::make_solve_order(builder, options, h);
     inverse_factor factor =
-        factor_inverse(exec, h, order.input, builder.extent().dense, options.damping);
+        factor_inverse(exec, h, permutation(order.input), builder.extent().dense, options.damping);
     result.report.factor_seconds = watch.lap();
     detail::optq_solver(w.data(), options, order, factor, builder).run(exec);
     result.report.damping = factor.damping;

@@ -14,14 +14,4 @@ struct serial_group {
   QEFT_HOST_DEVICE constexpr float sum(float partial) const noexcept { return partial; }
 };
 
-/// One lane of a group of Size lanes without the means to combine: a host loop over ranks adds the
-/// partial results itself. How per-lane code is tested where there is no GPU.
-template <index_t Size>
-struct lane_probe {
-  index_t lane;
-
-  QEFT_HOST_DEVICE constexpr index_t rank() const noexcept { return lane; }
-  QEFT_HOST_DEVICE constexpr index_t size() const noexcept { return Size; }
-};
-
 }  // namespace qeft

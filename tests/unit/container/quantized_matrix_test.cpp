@@ -181,6 +181,21 @@ TEST_CASE("a view of the wrong type is refused") {
          [&] { (void)q.view<half4>(qeft::weak_none{}); });
   refuse({"Weak is tail with k = 8"}, [&] { (void)q.view<half4>(qeft::weak_tail<8>{}); });
   refuse({"Weak is per_head"}, [&] { (void)q.view<half4>(qeft::weak_per_head<>{{7}, 1}); });
+
+  matrix_descriptor heads = shape(weak_kind::per_head, 0);
+  heads.in_channels = 64;
+  heads.weak_columns = 8;
+  heads.heads = 4;
+  const quantized_matrix<> p(heads);
+  refuse({"heads = 2", "heads = 4"}, [&] { (void)p.view<half4>(qeft::weak_per_head<>{{8}, 2}); });
+  const quantized_matrix<> i(shape(weak_kind::indexed, 2), {3, 5});
+  const std::int32_t same[] = {3, 5};
+  const std::int32_t other[] = {3, 6};
+  CHECK(i.view<half4>(qeft::weak_indexed<>{{2}, same}).weak_columns() == 2);
+  refuse({"holds 6 at 1", "column 5"}, [&] {
+    (void)i.view<half4>(qeft::weak_indexed<>{{2}, other});
+  });
+  refuse({"is null", "column 3"}, [&] { (void)i.view<half4>(qeft::weak_indexed<>{{2}, nullptr}); });
 }
 
 TEST_CASE("the weak index must ascend, fit and belong to indexed") {
@@ -206,49 +221,6 @@ TEST_CASE("the weak index must ascend, fit and belong to indexed") {
   }));
   CHECK(quantized_matrix<>(shape(weak_kind::indexed, 2), {0, 199}).weak_index() ==
         std::vector<std::int32_t>{0, 199});
-}
-
-TEST_CASE("relabel_weak moves the columns without touching a byte") {
-  qeft_test::random_source random(5);
-  const auto layer = qeft_test::random_layer(shape(weak_kind::indexed, 8), random);
-  auto q = qeft_test::pack<row_packed>(layer);
-  const auto before = q;
-
-  q.relabel_weak(weak_kind::tail);
-  CHECK(q.descriptor().weak == weak_kind::tail);
-  CHECK(q.weak_index().empty());
-  CHECK(q.descriptor().weak_columns == 8);
-  auto tail = layer;
-  tail.d = q.descriptor();
-  tail.weak_columns = {192, 193, 194, 195, 196, 197, 198, 199};
-  CHECK(dequantized(q) == weights_of(tail));
-  CHECK(same_bytes(q, qeft_test::pack<row_packed>(tail)));
-
-  q.relabel_weak(weak_kind::per_head, 4);
-  CHECK(q.descriptor().heads == 4);
-  tail.d = q.descriptor();
-  tail.weak_columns = {48, 49, 98, 99, 148, 149, 198, 199};
-  CHECK(dequantized(q) == weights_of(tail));
-
-  q.relabel_weak(weak_kind::indexed, 1, layer.weak_index());
-  CHECK(same_bytes(q, before));
-}
-
-TEST_CASE("a refused relabelling changes nothing") {
-  using qeft::errc;
-  qeft_test::random_source random(6);
-  auto q =
-      qeft_test::pack<row_packed>(qeft_test::random_layer(shape(weak_kind::indexed, 8), random));
-  const auto before = q;
-  CHECK(throws_with(errc::invalid_argument, {"heads is 3"},
-                    [&] { q.relabel_weak(weak_kind::per_head, 3); }));
-  CHECK(throws_with(errc::invalid_argument, {"weak_columns is 8", "weak is none"},
-                    [&] { q.relabel_weak(weak_kind::none); }));
-  CHECK(throws_with(errc::invalid_argument, {"has 1 entries, but must have 8"},
-                    [&] { q.relabel_weak(weak_kind::indexed, 1, {4}); }));
-  CHECK(throws_with(errc::invalid_argument, {"must have 0"},
-                    [&] { q.relabel_weak(weak_kind::tail, 1, {4}); }));
-  CHECK(same_bytes(q, before));
 }
 
 TEST_CASE("repack gives the same bytes for any number of threads and undoes itself") {

@@ -163,6 +163,15 @@ TEST_CASE("gemm says why it refuses") {
   broken.codes = nullptr;
   CHECK(refused(qeft::supports_gemm(broken, x.data(), 1, y.data()), {"no codes"}));
   broken = view;
+  broken.zeros = nullptr;
+  CHECK(refused(qeft::supports_gemm(broken, x.data(), 1, y.data()), {"zeros"}));
+  for (const index_t group : {index_t{48}, index_t{0}, index_t{-2}}) {
+    broken = view;
+    broken.run_time_group = group;
+    CHECK(refused(qeft::supports_gemm(broken, x.data(), 1, y.data()),
+                  {"run_time_group", "multiple of 32"}));
+  }
+  broken = view;
   broken.weak_values = nullptr;
   CHECK(refused(qeft::supports_gemm(broken, x.data(), 1, y.data()), {"no weak values"}));
   broken = view;

@@ -190,6 +190,9 @@ TEST_CASE("read_linear refuses NaN, infinity and a wrong index", "[io]") {
   bf16.zero = zero_kind::scaled;
   CHECK(read_changed(poison("l.zeros", 8, 0x7c00), bf16, bf16).code == errc::ok);
   CHECK(read_changed(poison("l.zeros", 8, 0x7f80), bf16, bf16).code == errc::not_finite);
+  CHECK(read_changed(poison("l.scales", 3, 0x7b00), bf16, bf16).code == errc::ok);  // 2^119
+  CHECK_THAT(read_changed(poison("l.scales", 3, 0x7b01), bf16, bf16).message,
+             contains("scale 3 is"));
 
   for (const std::vector<std::int32_t>& index :
        {std::vector<std::int32_t>{5, 0, 6, 69}, {0, 5, 5, 69}, {-1, 5, 6, 69}, {0, 5, 6, 70}}) {

@@ -141,6 +141,7 @@ TEST_CASE("safetensors_file refuses what breaks the format", "[io]") {
       {"{", "", "not valid JSON"},
       {good + "{}", "abcd", "not valid JSON"},
       {"{\"\xff\":1}", "", "not valid JSON"},
+      {R"({"t":{"shape":)" + std::string(100000, '['), "", "nested deeper than 64"},
       {R"({"t":5})", "", "'t': must be described by an object"},
       {R"({"t":{"shape":[4],"data_offsets":[0,4]}})", "abcd", "dtype must be a string"},
       {R"({"t":{"dtype":7,"shape":[4],"data_offsets":[0,4]}})", "abcd", "dtype must be a string"},
@@ -186,7 +187,6 @@ TEST_CASE("safetensors_file refuses what breaks the format", "[io]") {
       {R"({"__metadata__":3})", "", "__metadata__ must be an object"},
       {R"({"__metadata__":{"a":3}})", "", "__metadata__ 'a' must be a string"},
       {std::string(100000, '{'), "", "not valid JSON"},
-      {R"({"t":)" + std::string(100000, '['), "", "not valid JSON"},
   };
   for (const bad_case& c : cases) {
     INFO(c.header.substr(0, 200));
@@ -368,11 +368,28 @@ TEST_CASE("safetensors_reader opens files, directories and shards", "[io]") {
   }
   CHECK_THAT(with_index(R"({"weight_map":{"q":3}})").message, contains("shard of 'q'"));
   CHECK_THAT(with_index(R"({"weight_map":[]})").message, contains("weight_map must be"));
+  CHECK_THAT(with_index(R"({"weight_map":{}})").message, contains("weight_map must be"));
+  const std::string long_name(300, 'x');
+  CHECK(with_index(R"({"weight_map":{"q":")" + long_name + R"("}})").code == errc::io_error);
+  CHECK(catch_error([&] { safetensors_reader r(sharded / long_name); }).code == errc::io_error);
   CHECK_THAT(with_index("[]").message, contains("must hold a JSON object"));
   CHECK_THAT(with_index("").message, contains("not valid JSON"));
   temporary_directory empty;
   CHECK_THAT(catch_error([&] { safetensors_reader r(empty.path()); }).message,
              contains("holds neither model.safetensors nor"));
+}
+
+TEST_CASE("a model that cannot be replaced whole stays as it was", "[io]") {
+  temporary_directory dir;
+  small_writer().write_directory(dir.path(), 20);
+  const std::vector<std::string> before = dir.files();
+  safetensors_writer failing = small_writer();
+  failing.add("zz", dtype::u8, {40}, [](const safetensors_writer::sink&) {
+    throw std::runtime_error("no more");
+  });
+  CHECK_THROWS_AS(failing.write_directory(dir.path(), 20), std::runtime_error);
+  CHECK(dir.files() == before);
+  CHECK(safetensors_reader(dir.path()).verify_checksum());
 }
 
 TEST_CASE("a destination that cannot be written is an error and leaves nothing", "[io]") {

@@ -7,12 +7,13 @@
 #include <set>
 
 #include "qeft/container/quantized_matrix.hpp"
-#include "qeft/reorder/permute_matrix.hpp"
 #include "qeft/reorder/permutation.hpp"
+#include "qeft/reorder/permute_matrix.hpp"
 #include "qeft/reorder/reorder_plan.hpp"
 #include "qeft/reorder/weak_selection.hpp"
 #include "support/cases.hpp"
 #include "support/catch.hpp"
+#include "support/throws.hpp"
 
 namespace {
 
@@ -66,8 +67,8 @@ packed pack(const std::vector<float>& w, qeft::matrix_descriptor d,
       const auto zero = static_cast<unsigned>(std::min(max_code, std::round(-low / s)));
       m.write_params(n, g, scale.bits, zero);
       for (index_t i = g * g_size; i < end; ++i) {
-        const float q = std::round(row[dense[static_cast<std::size_t>(i)]] / s) +
-                        static_cast<float>(zero);
+        const float q =
+            std::round(row[dense[static_cast<std::size_t>(i)]] / s) + static_cast<float>(zero);
         m.write_code(n, i, static_cast<unsigned>(std::min(max_code, std::max(0.0F, q))));
       }
     }
@@ -128,6 +129,21 @@ TEST_CASE("dense rows and columns move as the definition says") {
     }
   }
   CHECK_THROWS_AS(qeft::permute_rows(p, qeft::span<float>(moved), cols + 1), qeft::error);
+}
+
+TEST_CASE("sizes that make no sense are refused") {
+  const auto refused = [](auto&& make) {
+    CHECK(qeft_test::throws_with(qeft::errc::invalid_argument, {"is"}, make));
+  };
+  refused([] { (void)permutation::identity(-1); });
+  refused([] { (void)permutation::identity(index_t{1} << 31); });
+  refused([] { (void)qeft::weak_last(-1, {}); });
+  refused([] { (void)qeft::global_selection(-1, 0); });
+  refused([] {
+    volatile index_t columns = index_t{1} << 62;  // a constant makes GCC warn of what never runs
+    qeft::permute_rows(permutation::identity(4), qeft::span<float>(), columns);
+  });
+  refused([] { qeft::permute_columns(permutation::identity(4), qeft::span<float>(), -1); });
 }
 
 TEST_CASE("weak_last and weak_last_per_head keep the robust order") {
@@ -206,8 +222,7 @@ TEST_CASE("moving a quantised column after packing is refused") {
                     contains("input column 4 moves to 3"));
   CHECK_THROWS_WITH(qeft::permute_columns(permutation::identity(5), m),
                     contains("in_channels is 64"));
-  CHECK_THROWS_WITH(qeft::permute_rows(permutation::identity(5), m),
-                    contains("out_channels is 2"));
+  CHECK_THROWS_WITH(qeft::permute_rows(permutation::identity(5), m), contains("out_channels is 2"));
 }
 
 TEST_CASE("top_k is the k largest, ties to the lower column") {

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -17,6 +16,7 @@ namespace {
 
 using qeft::index_t;
 using qeft::on_host;
+using qeft::permutation;
 using qeft::solver::damping_options;
 using qeft::solver::factor_inverse;
 
@@ -40,12 +40,6 @@ std::vector<float> make_hessian(index_t n, index_t tokens, unsigned seed = 1) {
     }
   }
   return out;
-}
-
-std::vector<std::int32_t> identity(index_t n) {
-  std::vector<std::int32_t> order(static_cast<std::size_t>(n));
-  std::iota(order.begin(), order.end(), 0);
-  return order;
 }
 
 /// The upper Cholesky factor of (H + shift I)^-1, the direct way.
@@ -77,9 +71,9 @@ TEST_CASE("U is the upper Cholesky factor of the inverse") {
   const on_host exec(2);
   for (const index_t n : {1, 2, 31, 128, 129, 300}) {
     const auto h = make_hessian(n, 4 * n);
-    auto order = identity(n);
+    auto order = permutation::identity(n).source();
     std::shuffle(order.begin(), order.end(), std::mt19937(5));
-    const auto f = factor_inverse(exec, h, order, n, {});
+    const auto f = factor_inverse(exec, h, permutation(order), n, {});
     CHECK(f.damping == 0.01);
     CHECK(f.dead_inputs.empty());
     const Eigen::MatrixXd expected = reference(h, order, 0.01 * mean_diagonal(h, n));
@@ -99,9 +93,9 @@ TEST_CASE("U is the upper Cholesky factor of the inverse") {
 TEST_CASE("U does not depend on the number of threads, bit for bit") {
   const index_t n = 420;
   const auto h = make_hessian(n, 500);
-  const auto one = factor_inverse(on_host(1), h, identity(n), n, {});
+  const auto one = factor_inverse(on_host(1), h, permutation::identity(n), n, {});
   for (const int threads : {2, 3, 6}) {
-    const auto many = factor_inverse(on_host(threads), h, identity(n), n, {});
+    const auto many = factor_inverse(on_host(threads), h, permutation::identity(n), n, {});
     CHECK(std::memcmp(one.u.data(), many.u.data(), one.u.size() * sizeof(float)) == 0);
   }
 }
@@ -116,15 +110,18 @@ TEST_CASE("dead inputs are reported and decoupled") {
       h[static_cast<std::size_t>(j * n + dead)] = 0.0F;
     }
   }
-  const auto f = factor_inverse(exec, h, identity(n), n, {});
+  const auto f = factor_inverse(exec, h, permutation::identity(n), n, {});
   CHECK(f.dead_inputs == std::vector<std::int32_t>{4, 17});
   for (const index_t dead : {4, 17}) {
     for (index_t j = 0; j < n; ++j) {
       CHECK(f.u[static_cast<std::size_t>(dead * n + j)] == (j == dead ? 1.0F : 0.0F));
     }
   }
+  h[4 * 20 + 5] = h[5 * 20 + 4] = 3.0F;  // as underflow of H_jj alone might leave it
+  const auto coupled = factor_inverse(exec, h, permutation::identity(n), n, {});
+  CHECK(std::memcmp(f.u.data(), coupled.u.data(), f.u.size() * sizeof(float)) == 0);
   const std::vector<float> zero(static_cast<std::size_t>(n * n), 0.0F);
-  const auto all_dead = factor_inverse(exec, zero, identity(n), n, {});
+  const auto all_dead = factor_inverse(exec, zero, permutation::identity(n), n, {});
   CHECK(all_dead.dead_inputs.size() == 20);
 }
 
@@ -132,21 +129,21 @@ TEST_CASE("the damping grows until the factorisation succeeds, and says so") {
   const on_host exec(2);
   const index_t n = 160;
   const auto singular = make_hessian(n, 30);  // rank 30
-  CHECK(factor_inverse(exec, singular, identity(n), n, {0.01, false}).damping == 0.01);
-  const auto repaired = factor_inverse(exec, singular, identity(n), n, {0.0, false});
+  CHECK(factor_inverse(exec, singular, permutation::identity(n), n, {0.01, false}).damping == 0.01);
+  const auto repaired = factor_inverse(exec, singular, permutation::identity(n), n, {0.0, false});
   CHECK(repaired.damping == Approx(0.001));
   for (const float u : repaired.u) REQUIRE(std::isfinite(u));
 
   // An eigenvalue of -0.05 of the mean diagonal needs more than 0.01.
   std::vector<float> indefinite{1.0F, 1.05F, 1.05F, 1.0F};
-  CHECK(factor_inverse(exec, indefinite, identity(2), 2, {}).damping == Approx(0.1));
+  CHECK(factor_inverse(exec, indefinite, permutation::identity(2), 2, {}).damping == Approx(0.1));
 }
 
 TEST_CASE("the mean of the damping may leave out weak columns") {
   const on_host exec(1);
   const std::vector<float> h{1.0F, 0.0F, 0.0F, 0.0F, 1.0F, 0.0F, 0.0F, 0.0F, 998.0F};
-  const auto all = factor_inverse(exec, h, identity(3), 2, {0.01, false});
-  const auto robust = factor_inverse(exec, h, identity(3), 2, {0.01, true});
+  const auto all = factor_inverse(exec, h, permutation::identity(3), 2, {0.01, false});
+  const auto robust = factor_inverse(exec, h, permutation::identity(3), 2, {0.01, true});
   CHECK(all.u[0] == Approx(1.0 / std::sqrt(1.0 + 0.01 * 1000.0 / 3.0)));
   CHECK(robust.u[0] == Approx(1.0 / std::sqrt(1.01)));
 }
@@ -155,7 +152,7 @@ TEST_CASE("what is no Hessian is refused") {
   const on_host exec(1);
   const auto code_of = [&](const std::vector<float>& h, damping_options o = {}) {
     try {
-      factor_inverse(exec, h, identity(2), 2, o);
+      factor_inverse(exec, h, permutation::identity(2), 2, o);
     } catch (const qeft::error& e) {
       return e.code();
     }

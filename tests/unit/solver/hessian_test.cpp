@@ -91,6 +91,12 @@ TEST_CASE("H does not depend on how tokens are cut into samples") {
   }
 }
 
+TEST_CASE("a negative number of tokens is refused") {
+  hessian_accumulator h(2);
+  const float x[] = {1.0F, 2.0F};
+  CHECK_THROWS_WITH(h.add(on_host(1), x, -5), qeft_test::contains("tokens is -5"));
+}
+
 TEST_CASE("no tokens give a zero Hessian") {
   const auto h = std::move(hessian_accumulator(3)).finish();
   CHECK(h == qeft::host_buffer<float>(9, 0.0F));

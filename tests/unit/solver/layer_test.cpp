@@ -311,9 +311,8 @@ TEST_CASE("E of OPTQ stays below sum (s / 2 U_jj)^2 where nothing clips") {
   }
   const problem roomy{p.oc, p.ic, w, p.h, {}};
   const layer_result got = solve(on_host(1), roomy, o);
-  std::vector<std::int32_t> order;
-  for (std::int32_t c = 0; c < p.ic; ++c) order.push_back(c);
-  const auto factor = qeft::solver::factor_inverse(on_host(1), p.h, order, p.ic, o.damping);
+  const auto factor = qeft::solver::factor_inverse(
+      on_host(1), p.h, qeft::permutation::identity(p.ic), p.ic, o.damping);
   double inverse_squares = 0.0;
   for (index_t j = 0; j < p.ic; ++j) {
     const auto u = static_cast<double>(factor.u[static_cast<std::size_t>(j * (p.ic + 1))]);

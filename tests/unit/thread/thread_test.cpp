@@ -16,6 +16,15 @@ namespace {
 using qeft::index_t;
 using qeft_test::random_source;
 
+/// One lane of a warp, without the means to combine: the test adds up the lanes.
+template <index_t Size>
+struct lane_probe {
+  index_t lane;
+
+  index_t rank() const { return lane; }
+  index_t size() const { return Size; }
+};
+
 template <int Bits>
 struct tile_row {
   std::array<unsigned, 32> codes;
@@ -125,7 +134,7 @@ TEST_CASE("the lanes of a row's dot product take every column exactly once") {
       x[column] = qeft::from_float<qeft::half_bits>(1.0F);
       float sum = 0.0F;
       for (index_t lane = 0; lane < 32; ++lane) {
-        sum += row_dot_partial(w, n, x.data(), qeft::lane_probe<32>{lane});
+        sum += row_dot_partial(w, n, x.data(), lane_probe<32>{lane});
       }
       CHECK(sum == weights[static_cast<std::size_t>(n) * 75 + column]);
       CHECK(row_dot(w, n, x.data(), qeft::serial_group{}) == sum);
