@@ -3,7 +3,6 @@
 // multiply-add peak (`of_fma`). The group search and whole layers have no such limit: they report
 // weights per second (`w/s`), and a layer the error of its result relative to that of plain RTN
 // without weak columns (`E/E_rtn`).
-#include <limits>
 
 #include "qeft/solver/hessian.hpp"
 #include "qeft/solver/quantize_layer.hpp"
