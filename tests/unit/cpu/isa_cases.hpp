@@ -3,6 +3,7 @@
 #pragma once
 
 #include "matmul_support.hpp"
+#include "support/catch.hpp"
 
 namespace qeft_test {
 
@@ -60,6 +61,29 @@ void for_each_isa_case(const Body& body) {
   body(isa_case<quant_format<4>>(205, 128, 4));
   body(isa_case<quant_format<4, qeft::dynamic, zero_kind::symmetric>>(5, qeft::per_channel, 5));
   body(isa_case<quant_format<8, qeft::dynamic, zero_kind::integer, qeft::bf16_bits>>(205, 160, 6));
+}
+
+/// y of gemm in type Y, checked for independence of batch and threads.
+template <class Y, class Case, class X, class Activation, class Isa>
+std::vector<Y> product(const Case& c, const std::vector<X>& x, qeft::index_t tokens,
+                       Activation activation, Isa isa) {
+  const auto view = c.view();
+  std::vector<Y> y(static_cast<std::size_t>(tokens * view.out_channels));
+  const qeft::on_host one(1);
+  REQUIRE(qeft::gemm(one, view, x.data(), tokens, y.data(), activation, isa).ok());
+  std::vector<Y> other(y.size());
+  for (const int threads : {2, 3, 7}) {
+    const qeft::on_host exec(threads);
+    REQUIRE(qeft::gemm(exec, view, x.data(), tokens, other.data(), activation, isa).ok());
+    CHECK(qeft_test::same_bits(y, other));
+    for (qeft::index_t t = 0; t < tokens; ++t) {
+      REQUIRE(qeft::gemv(exec, view, x.data() + t * view.in_channels,
+                         other.data() + t * view.out_channels, activation, isa)
+                  .ok());
+    }
+    CHECK(qeft_test::same_bits(y, other));
+  }
+  return y;
 }
 
 }  // namespace qeft_test

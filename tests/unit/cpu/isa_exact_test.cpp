@@ -6,29 +6,6 @@ namespace {
 
 using qeft::index_t;
 
-/// y of gemm in type Y, checked for independence of batch and threads.
-template <class Y, class Case, class X, class Isa>
-std::vector<Y> product(const Case& c, const std::vector<X>& x, index_t tokens, Isa isa) {
-  const auto view = c.view();
-  std::vector<Y> y(static_cast<std::size_t>(tokens * view.out_channels));
-  const qeft::on_host one(1);
-  const qeft::cpu::exact exact;
-  REQUIRE(qeft::gemm(one, view, x.data(), tokens, y.data(), exact, isa).ok());
-  std::vector<Y> other(y.size());
-  for (const int threads : {2, 3, 7}) {
-    const qeft::on_host exec(threads);
-    REQUIRE(qeft::gemm(exec, view, x.data(), tokens, other.data(), exact, isa).ok());
-    CHECK(qeft_test::same_bits(y, other));
-    for (index_t t = 0; t < tokens; ++t) {
-      REQUIRE(qeft::gemv(exec, view, x.data() + t * view.in_channels,
-                         other.data() + t * view.out_channels, exact, isa)
-                  .ok());
-    }
-    CHECK(qeft_test::same_bits(y, other));
-  }
-  return y;
-}
-
 template <class T>
 std::vector<T> rounded(const std::vector<float>& x) {
   std::vector<T> r;
@@ -47,7 +24,7 @@ TEST_CASE("every instruction set computes the exact product") {
     const auto reference = qeft_test::multiply(c.layer, x, tokens);
     qeft_test::for_each_isa([&](auto isa) {
       INFO(isa.name << ": " << qeft_test::describe(c.layer.d));
-      const auto y = product<float>(c, x, tokens, isa);
+      const auto y = qeft_test::product<float>(c, x, tokens, qeft::cpu::exact{}, isa);
       CHECK(qeft_test::worst_error(y, reference) < 1e-6);
       sweep.ran();
     });
@@ -62,16 +39,22 @@ TEST_CASE("16-bit activations and outputs are conversions of FP32 ones") {
   qeft_test::for_each_isa([&](auto isa) {
     INFO(isa.name);
     const auto half = rounded<qeft::half_bits>(x);
-    const auto of_half = product<float>(c, qeft_test::floats(half), 3, isa);
-    CHECK(qeft_test::same_bits(product<float>(c, half, 3, isa), of_half));
-    CHECK(qeft_test::same_bits(product<qeft::half_bits>(c, half, 3, isa),
-                               rounded<qeft::half_bits>(of_half)));
+    const auto of_half =
+        qeft_test::product<float>(c, qeft_test::floats(half), 3, qeft::cpu::exact{}, isa);
+    CHECK(qeft_test::same_bits(qeft_test::product<float>(c, half, 3, qeft::cpu::exact{}, isa),
+                               of_half));
+    CHECK(qeft_test::same_bits(
+        qeft_test::product<qeft::half_bits>(c, half, 3, qeft::cpu::exact{}, isa),
+        rounded<qeft::half_bits>(of_half)));
 
     const auto brain = rounded<qeft::bf16_bits>(x);
-    const auto of_brain = product<float>(c, qeft_test::floats(brain), 3, isa);
-    CHECK(qeft_test::same_bits(product<float>(c, brain, 3, isa), of_brain));
-    CHECK(qeft_test::same_bits(product<qeft::bf16_bits>(c, brain, 3, isa),
-                               rounded<qeft::bf16_bits>(of_brain)));
+    const auto of_brain =
+        qeft_test::product<float>(c, qeft_test::floats(brain), 3, qeft::cpu::exact{}, isa);
+    CHECK(qeft_test::same_bits(qeft_test::product<float>(c, brain, 3, qeft::cpu::exact{}, isa),
+                               of_brain));
+    CHECK(qeft_test::same_bits(
+        qeft_test::product<qeft::bf16_bits>(c, brain, 3, qeft::cpu::exact{}, isa),
+        rounded<qeft::bf16_bits>(of_brain)));
     sweep.ran();
   });
 }

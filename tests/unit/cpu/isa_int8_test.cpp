@@ -2,33 +2,7 @@
 #include "isa_cases.hpp"
 #include "support/catch.hpp"
 
-namespace {
-
 using qeft::index_t;
-
-template <class Case, class Isa>
-std::vector<float> product(const Case& c, const std::vector<float>& x, index_t tokens, Isa isa) {
-  const auto view = c.view();
-  std::vector<float> y(static_cast<std::size_t>(tokens * view.out_channels));
-  const qeft::on_host one(1);
-  const qeft::cpu::int8 int8;
-  REQUIRE(qeft::gemm(one, view, x.data(), tokens, y.data(), int8, isa).ok());
-  std::vector<float> other(y.size());
-  for (const int threads : {2, 3, 7}) {
-    const qeft::on_host exec(threads);
-    REQUIRE(qeft::gemm(exec, view, x.data(), tokens, other.data(), int8, isa).ok());
-    CHECK(qeft_test::same_bits(y, other));
-    for (index_t t = 0; t < tokens; ++t) {
-      REQUIRE(qeft::gemv(exec, view, x.data() + t * view.in_channels,
-                         other.data() + t * view.out_channels, int8, isa)
-                  .ok());
-    }
-    CHECK(qeft_test::same_bits(y, other));
-  }
-  return y;
-}
-
-}  // namespace
 
 TEST_CASE("int8 is exact for activations that 8 bits hold") {
   qeft_test::sweep sweep("instruction sets");
@@ -52,7 +26,8 @@ TEST_CASE("int8 is exact for activations that 8 bits hold") {
     const auto reference = qeft_test::multiply(c.layer, x, tokens);
     qeft_test::for_each_isa([&](auto isa) {
       INFO(isa.name << ": " << qeft_test::describe(c.layer.d));
-      CHECK(qeft_test::worst_error(product(c, x, tokens, isa), reference) < 1e-6);
+      CHECK(qeft_test::worst_error(qeft_test::product<float>(c, x, tokens, qeft::cpu::int8{}, isa),
+                                   reference) < 1e-6);
       sweep.ran();
     });
   });
@@ -71,7 +46,8 @@ TEST_CASE("int8 is within one percent for random activations, outliers in weak c
     }
     const auto reference = qeft_test::multiply(c.layer, x, 6);
     qeft_test::for_each_isa([&](auto isa) {
-      const double error = qeft_test::relative_error(product(c, x, 6, isa), reference.y);
+      const double error = qeft_test::relative_error(
+          qeft_test::product<float>(c, x, 6, qeft::cpu::int8{}, isa), reference.y);
       INFO(isa.name << ": " << qeft_test::describe(c.layer.d) << ": relative error " << error);
       CHECK(error < 0.01);
       CHECK(error > 1e-4);  // it does round
@@ -86,7 +62,7 @@ TEST_CASE("int8 takes zero, tiny and huge activations") {
     for (const float size : {0.0F, 1e-44F, 1e-38F, 1e30F}) {
       INFO(isa.name << ": " << size);
       const std::vector<float> x(357, size);
-      const auto y = product(c, x, 1, isa);
+      const auto y = qeft_test::product<float>(c, x, 1, qeft::cpu::int8{}, isa);
       const auto reference = qeft_test::multiply(c.layer, x, 1);
       for (std::size_t n = 0; n < y.size(); ++n) {
         // Activations below the normal range may count as zero.
