@@ -30,6 +30,7 @@ void gemm(benchmark::State& state, const machine& m, const shape& s, int bits, i
     qeft::gemm(m.exec, layer, x.data(), tokens, y.data(), activation).throw_if_error();
   }
   measured.flops(m, flops_of(s, tokens));
+  measured.bytes(m, qeft::storage_of<simd_tile>(d).total());  // of the layer, read once
   const float* last_x = x.data() + (tokens - 1) * s.in_channels;
   const float* last_y = y.data() + (tokens - 1) * s.out_channels;
   if (!(worst_error(w, last_x, last_y) < tolerance)) throw std::runtime_error("wrong result");
