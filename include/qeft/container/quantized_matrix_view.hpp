@@ -71,7 +71,7 @@ QEFT_HOST_DEVICE constexpr unsigned read_code(const quantized_matrix_view<F, W, 
 
 /// Scale and zero of output channel n and group g.
 template <class F, class W, class L, class M>
-QEFT_HOST_DEVICE inline group_params read_params(const quantized_matrix_view<F, W, L, M>& w,
+QEFT_HOST_DEVICE group_params read_params(const quantized_matrix_view<F, W, L, M>& w,
                                                  index_t n, index_t g) noexcept {
   const layout::extent e = w.extent();
   const index_t at = L::param_index(e, n, g);
@@ -90,21 +90,21 @@ QEFT_HOST_DEVICE inline group_params read_params(const quantized_matrix_view<F, 
 
 /// The weight of output channel n and dense column i.
 template <class F, class W, class L, class M>
-QEFT_HOST_DEVICE inline float dense_weight(const quantized_matrix_view<F, W, L, M>& w, index_t n,
+QEFT_HOST_DEVICE float dense_weight(const quantized_matrix_view<F, W, L, M>& w, index_t n,
                                            index_t i) noexcept {
   return dequantize_code<F>(read_code(w, n, i), read_params(w, n, i / w.group_size()));
 }
 
 /// The weight of output channel n and weak column j.
 template <class F, class W, class L, class M>
-QEFT_HOST_DEVICE inline float weak_weight(const quantized_matrix_view<F, W, L, M>& w, index_t n,
+QEFT_HOST_DEVICE float weak_weight(const quantized_matrix_view<F, W, L, M>& w, index_t n,
                                           index_t j) noexcept {
   return to_float(w.weak_values[L::weak_index(w.extent(), n, j)]);
 }
 
 /// W[n, column] for an input column in [0, IC): the definition of the whole format.
 template <class F, class W, class L, class M>
-QEFT_HOST_DEVICE inline float dequantize(const quantized_matrix_view<F, W, L, M>& w, index_t n,
+QEFT_HOST_DEVICE float dequantize(const quantized_matrix_view<F, W, L, M>& w, index_t n,
                                          index_t column) noexcept {
   const column_location at = w.weak.locate(column, w.in_channels);
   return at.is_weak ? weak_weight(w, n, at.index) : dense_weight(w, n, at.index);

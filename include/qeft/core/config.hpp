@@ -5,18 +5,20 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define QEFT_HOST_DEVICE __host__ __device__
-#else
-#define QEFT_HOST_DEVICE
-#endif
-
 #if defined(__GNUC__) || defined(__clang__)
 #define QEFT_ALWAYS_INLINE inline __attribute__((always_inline))
 #elif defined(_MSC_VER)
 #define QEFT_ALWAYS_INLINE __forceinline
 #else
 #define QEFT_ALWAYS_INLINE inline
+#endif
+
+// For the small functions that host and device share. Always inlined, so that they leave no symbol
+// that another translation unit could pick up (see QEFT_TARGET).
+#if defined(__CUDACC__)
+#define QEFT_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define QEFT_HOST_DEVICE QEFT_ALWAYS_INLINE
 #endif
 
 // Goes behind the parameters of a lambda: accumulators stay in registers only where every lambda of
@@ -38,6 +40,29 @@
 #endif
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define QEFT_HAS_AVX2 1
+#endif
+#endif
+
+// A linker keeps one of several equal inline functions, whatever flags each was compiled with. So
+// that a program may hold translation units with different -m flags, every function that is not
+// always inlined lives in `inline namespace QEFT_TARGET`, which names the instruction set. Types
+// that units hand to each other (views, descriptors, status, on_host ...) live outside it and have
+// nothing but always inlined members. Units that differ in other flags may define QEFT_TARGET.
+#if !defined(QEFT_TARGET)
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+#define QEFT_TARGET target_avx512_vnni
+#elif defined(__AVX512F__)
+#define QEFT_TARGET target_avx512
+#elif defined(__AVX2__)
+#define QEFT_TARGET target_avx2
+#elif defined(__FMA__)
+#define QEFT_TARGET target_avx_fma
+#elif defined(__AVX__)
+#define QEFT_TARGET target_avx
+#elif defined(__SSE3__)
+#define QEFT_TARGET target_sse3
+#else
+#define QEFT_TARGET target_baseline
 #endif
 #endif
 

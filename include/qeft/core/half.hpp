@@ -28,13 +28,13 @@ enum class scalar_kind : std::uint8_t { half, bf16 };
 
 namespace detail {
 
-QEFT_HOST_DEVICE inline std::uint32_t float_to_bits(float x) noexcept {
+QEFT_HOST_DEVICE std::uint32_t float_to_bits(float x) noexcept {
   std::uint32_t u = 0;
   memcpy(&u, &x, sizeof u);
   return u;
 }
 
-QEFT_HOST_DEVICE inline float bits_to_float(std::uint32_t u) noexcept {
+QEFT_HOST_DEVICE float bits_to_float(std::uint32_t u) noexcept {
   float x = 0.0F;
   memcpy(&x, &u, sizeof x);
   return x;
@@ -43,7 +43,7 @@ QEFT_HOST_DEVICE inline float bits_to_float(std::uint32_t u) noexcept {
 }  // namespace detail
 
 /// Exact.
-QEFT_HOST_DEVICE inline float to_float(half_bits h) noexcept {
+QEFT_HOST_DEVICE float to_float(half_bits h) noexcept {
   const std::uint32_t sign = static_cast<std::uint32_t>(h.bits & 0x8000U) << 16U;
   const std::uint32_t magnitude = h.bits & 0x7fffU;
   if (magnitude >= 0x7c00U) {  // infinity, NaN: the exponent becomes all ones
@@ -55,7 +55,7 @@ QEFT_HOST_DEVICE inline float to_float(half_bits h) noexcept {
 }
 
 /// Exact.
-QEFT_HOST_DEVICE inline float to_float(bf16_bits h) noexcept {
+QEFT_HOST_DEVICE float to_float(bf16_bits h) noexcept {
   return detail::bits_to_float(static_cast<std::uint32_t>(h.bits) << 16U);
 }
 
@@ -67,12 +67,12 @@ template <class T>
 QEFT_HOST_DEVICE T from_float(float x) noexcept;
 
 template <>
-QEFT_HOST_DEVICE inline float from_float<float>(float x) noexcept {
+QEFT_HOST_DEVICE float from_float<float>(float x) noexcept {
   return x;
 }
 
 template <>
-QEFT_HOST_DEVICE inline half_bits from_float<half_bits>(float x) noexcept {
+QEFT_HOST_DEVICE half_bits from_float<half_bits>(float x) noexcept {
   const std::uint32_t u = detail::float_to_bits(x);
   const std::uint32_t sign = (u >> 16U) & 0x8000U;
   std::uint32_t a = u & 0x7fffffffU;
@@ -89,7 +89,7 @@ QEFT_HOST_DEVICE inline half_bits from_float<half_bits>(float x) noexcept {
 }
 
 template <>
-QEFT_HOST_DEVICE inline bf16_bits from_float<bf16_bits>(float x) noexcept {
+QEFT_HOST_DEVICE bf16_bits from_float<bf16_bits>(float x) noexcept {
   const std::uint32_t u = detail::float_to_bits(x);
   if ((u & 0x7fffffffU) > 0x7f800000U) {
     return {static_cast<std::uint16_t>((u >> 16U) | 0x40U)};
