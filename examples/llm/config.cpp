@@ -2,6 +2,7 @@
 #include "config.hpp"
 
 #include <algorithm>
+#include <cstdio>
 
 #include "qeft/io/json.hpp"
 #include "qeft/io/json_fields.hpp"
@@ -33,23 +34,50 @@ std::string read_model_type(const json_fields& fields) {
   return type;
 }
 
+/// What `transformers` assumes for a missing key; those of the sizes are of one model each, so that
+/// a missing size is an error here.
+struct class_defaults {
+  index_t max_position_embeddings;
+  index_t num_key_value_heads;  // 0: as many as query heads
+  std::optional<int> eos_token_id;
+};
+
+class_defaults defaults_of(const std::string& model_type) {
+  if (model_type == "mistral") return {131072, 8, 2};
+  if (model_type == "qwen2") return {32768, 32, std::nullopt};
+  return {2048, 0, 2};
+}
+
+bool is_missing(const json_fields& fields, const char* key) {
+  return fields.object().find(key) == fields.object().end();
+}
+
+index_t read_key_value_heads(const json_fields& fields, const model_config& c) {
+  // Null means as many as query heads for every type.
+  const index_t absent = is_missing(fields, "num_key_value_heads")
+                             ? defaults_of(c.model_type).num_key_value_heads
+                             : 0;
+  const index_t heads = fields.integer_or("num_key_value_heads",
+                                          absent == 0 ? c.num_attention_heads : absent, 1, 100000);
+  if (c.num_attention_heads % heads == 0) return heads;
+  const std::string rule =
+      "a divisor of num_attention_heads = " + std::to_string(c.num_attention_heads);
+  if (fields.has("num_key_value_heads")) fields.refuse("num_key_value_heads", rule);
+  fail(errc::corrupt_file, fields.where() + ": num_key_value_heads is missing, which means " +
+                               std::to_string(heads) + " for " + c.model_type +
+                               ", but must be " + rule);
+}
+
 void read_sizes(const json_fields& fields, model_config& c) {
   c.hidden_size = fields.integer("hidden_size", 1, max_size);
   c.intermediate_size = fields.integer("intermediate_size", 1, max_size);
   c.num_hidden_layers = fields.integer("num_hidden_layers", 1, 100000);
   c.num_attention_heads = fields.integer("num_attention_heads", 1, 100000);
   c.vocab_size = fields.integer("vocab_size", 1, max_size);
-  c.max_position_embeddings = fields.integer_or("max_position_embeddings", 2048, 1, max_size);
-
-  // Only Llama 1 and 2 leave it out; Hugging Face's defaults for the others are those of one model.
-  c.num_key_value_heads =
-      c.model_type == "llama"
-          ? fields.integer_or("num_key_value_heads", c.num_attention_heads, 1, 100000)
-          : fields.integer("num_key_value_heads", 1, 100000);
-  if (c.num_attention_heads % c.num_key_value_heads != 0) {
-    fields.refuse("num_key_value_heads",
-                  "a divisor of num_attention_heads = " + std::to_string(c.num_attention_heads));
-  }
+  c.max_position_embeddings =
+      fields.integer_or("max_position_embeddings",
+                        defaults_of(c.model_type).max_position_embeddings, 1, max_size);
+  c.num_key_value_heads = read_key_value_heads(fields, c);
   if (!fields.has("head_dim") && c.hidden_size % c.num_attention_heads != 0) {
     fields.refuse("num_attention_heads",
                   "a divisor of hidden_size = " + std::to_string(c.hidden_size) +
@@ -63,21 +91,48 @@ void read_sizes(const json_fields& fields, model_config& c) {
   }
 }
 
+/// Rotation of a part of each head is not supported, wherever it is asked for.
+void refuse_partial_rotation(const json_fields& fields) {
+  if (fields.positive_or("partial_rotary_factor", 1) != 1) {
+    refuse_unsupported(fields, "partial_rotary_factor", "1");
+  }
+}
+
+/// A null would be a value that `transformers` does not replace by its default.
+double read_theta(const json_fields& fields, double absent) {
+  return is_missing(fields, "rope_theta") ? absent : fields.positive("rope_theta");
+}
+
+/// The object that says how positions rotate, as `transformers` 5 chooses it: rope_scaling, the old
+/// spelling, where it is not empty, and then nothing of rope_parameters counts.
+const char* rope_key(const json_fields& fields) {
+  for (const char* key : {"rope_scaling", "rope_parameters"}) {
+    const nlohmann::json* value = fields.find(key);
+    if (value != nullptr && !(value->is_object() && value->empty())) return key;
+  }
+  return nullptr;
+}
+
 /// Any of the spellings: rope_theta beside rope_scaling {"type" or "rope_type"}, or all of it
 /// inside rope_parameters.
-rope_config read_rope(const json_fields& fields) {
+rope_config read_rope(const json_fields& fields, const model_config& c) {
   rope_config rope;
-  rope.theta = fields.positive_or("rope_theta", rope.theta);
-  const char* key = fields.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
-  if (!fields.has(key)) return rope;
-
-  const json_fields scaling(*fields.find(key), fields.where() + ": " + key);
-  rope.theta = scaling.positive_or("rope_theta", rope.theta);
-  if (scaling.positive_or("partial_rotary_factor", 1) != 1) {
-    refuse_unsupported(scaling, "partial_rotary_factor", "1");
+  refuse_partial_rotation(fields);
+  const char* key = rope_key(fields);
+  if (key == nullptr) {
+    rope.theta = read_theta(fields, rope.theta);
+    return rope;
   }
-  const char* type_key = scaling.has("rope_type") ? "rope_type" : "type";
-  const std::string type = scaling.text(type_key);
+  const json_fields scaling(*fields.find(key), fields.where() + ": " + key);
+  rope.theta = is_missing(scaling, "rope_theta") ? read_theta(fields, rope.theta)
+                                                 : read_theta(scaling, rope.theta);
+  refuse_partial_rotation(scaling);
+  for (const auto& [name, value] : scaling.object().items()) {
+    // {"full_attention": {...}, ...}: another rotation for each type of layer
+    if (value.is_object()) refuse_unsupported(scaling, name.c_str(), "one rotation for all layers");
+  }
+  const char* type_key = is_missing(scaling, "rope_type") ? "type" : "rope_type";
+  const std::string type = is_missing(scaling, type_key) ? "default" : scaling.text(type_key);
   if (type == "default") return rope;
   if (type != "linear" && type != "llama3") {
     refuse_unsupported(scaling, type_key, "\"default\", \"linear\" or \"llama3\"");
@@ -95,7 +150,9 @@ rope_config read_rope(const json_fields& fields) {
                    "above low_freq_factor = " + std::to_string(rope.low_freq_factor));
   }
   rope.original_max_position_embeddings =
-      scaling.integer("original_max_position_embeddings", 1, max_size);
+      is_missing(scaling, "original_max_position_embeddings")
+          ? c.max_position_embeddings
+          : scaling.integer("original_max_position_embeddings", 1, max_size);
   return rope;
 }
 
@@ -108,44 +165,74 @@ void read_biases(const json_fields& fields, model_config& c) {
   }
 }
 
-index_t read_sliding_window(const json_fields& fields, const model_config& c) {
-  if (c.model_type == "llama") return 0;
-  const bool on = c.model_type == "mistral" || fields.boolean_or("use_sliding_window", false);
-  // For Mistral null means none, and a missing key 4096.
-  const bool missing = fields.object().find("sliding_window") == fields.object().end();
-  const index_t window = fields.integer_or("sliding_window", missing ? 4096 : 0, 1, max_size);
-  if (!on || window >= c.max_position_embeddings) return 0;
-  if (c.model_type == "qwen2") {  // it would apply to some layers only
-    refuse_unsupported(fields, "use_sliding_window", "false");
+/// Which layers of a Qwen2 attend to a window: those that layer_types names, or without it those
+/// from max_window_layers on.
+std::vector<bool> read_windowed_layers(const json_fields& fields, const model_config& c,
+                                       bool has_window) {
+  const auto layers = static_cast<std::size_t>(c.num_hidden_layers);
+  std::vector<bool> windowed(layers);
+  const nlohmann::json* types = fields.find("layer_types");
+  if (types == nullptr) {
+    const index_t first = fields.integer_or("max_window_layers", 28, 0, max_size);
+    for (std::size_t l = 0; l < layers; ++l) {
+      windowed[l] = has_window && static_cast<index_t>(l) >= first;
+    }
+    return windowed;
   }
-  return window;
+  if (!types->is_array() || types->size() != layers) {
+    fields.refuse("layer_types",
+                  "a list of num_hidden_layers = " + std::to_string(layers) + " types");
+  }
+  for (std::size_t l = 0; l < layers; ++l) {
+    windowed[l] = (*types)[l] == "sliding_attention";
+    if (!windowed[l] && (*types)[l] != "full_attention") {
+      refuse_unsupported(fields, "layer_types", "\"full_attention\" and \"sliding_attention\"");
+    }
+    if (windowed[l] && !has_window) {
+      fields.refuse("layer_types",
+                    "without \"sliding_attention\" where use_sliding_window is false or "
+                    "sliding_window is null");
+    }
+  }
+  return windowed;
 }
 
-/// A token id, a list of them, or nothing.
-std::vector<int> read_token_ids(const json_fields& fields, const char* key, index_t vocab_size) {
+void read_sliding_window(const json_fields& fields, model_config& c) {
+  if (c.model_type == "llama") return;
+  const bool is_mistral = c.model_type == "mistral";
+  // Null means none, and a missing key 4096.
+  const index_t absent = is_missing(fields, "sliding_window") ? 4096 : 0;
+  index_t window = 0;
+  if (is_mistral || fields.boolean_or("use_sliding_window", false)) {
+    window = fields.integer_or("sliding_window", absent, 1, max_size);
+  }
+  if (!is_mistral) {
+    c.windowed_layers = read_windowed_layers(fields, c, window > 0);
+    const auto& all = c.windowed_layers;
+    if (std::find(all.begin(), all.end(), true) == all.end()) window = 0;
+    if (std::find(all.begin(), all.end(), false) == all.end()) c.windowed_layers.clear();
+  }
+  c.sliding_window = window < c.max_position_embeddings ? window : 0;
+  if (c.sliding_window == 0) c.windowed_layers.clear();
+}
+
+/// A token id, a list of them, or nothing. An id outside of the vocabulary can never be drawn.
+std::vector<int> read_eos_token_ids(const json_fields& fields, index_t vocab_size) {
+  constexpr const char* key = "eos_token_id";
   const nlohmann::json* value = fields.find(key);
   if (value == nullptr) return {};
   const nlohmann::json list = value->is_array() ? *value : nlohmann::json::array({*value});
   std::vector<int> ids;
   for (const nlohmann::json& id : list) {
-    const index_t n = id.is_number_integer() ? id.get<index_t>() : -1;
-    if (n < 0 || n >= vocab_size) {
-      fields.refuse(key, "a token id below vocab_size = " + std::to_string(vocab_size) +
-                             ", or a list of them");
-    }
-    ids.push_back(static_cast<int>(n));
+    if (!id.is_number_integer()) fields.refuse(key, "a token id, or a list of them");
+    const bool in_range = id.is_number_unsigned()
+                              ? id.get<std::uint64_t>() < static_cast<std::uint64_t>(vocab_size)
+                              : id.get<index_t>() >= 0 && id.get<index_t>() < vocab_size;
+    if (in_range) ids.push_back(id.get<int>());
   }
+  std::sort(ids.begin(), ids.end());
+  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
   return ids;
-}
-
-void read_special_tokens(const json_fields& fields, model_config& c) {
-  const auto bos = read_token_ids(fields, "bos_token_id", c.vocab_size);
-  if (bos.size() > 1) fields.refuse("bos_token_id", "one token id");
-  if (!bos.empty()) c.bos_token_id = bos.front();
-  auto& eos = c.eos_token_ids;
-  for (const int id : read_token_ids(fields, "eos_token_id", c.vocab_size)) eos.push_back(id);
-  std::sort(eos.begin(), eos.end());
-  eos.erase(std::unique(eos.begin(), eos.end()), eos.end());
 }
 
 }  // namespace
@@ -157,13 +244,19 @@ model_config parse_config(const nlohmann::json& json, const std::string& where) 
   c.model_type = read_model_type(fields);
   read_sizes(fields, c);
   c.rms_norm_eps = fields.positive_or("rms_norm_eps", c.rms_norm_eps);
-  c.rope = read_rope(fields);
+  c.rope = read_rope(fields, c);
   c.tie_word_embeddings = fields.boolean_or("tie_word_embeddings", false);
   read_biases(fields, c);
-  c.sliding_window = read_sliding_window(fields, c);
-  read_special_tokens(fields, c);
-  if (fields.text_or("hidden_act", "silu") != "silu") {
-    refuse_unsupported(fields, "hidden_act", "\"silu\"");
+  read_sliding_window(fields, c);
+  c.eos_token_ids = read_eos_token_ids(fields, c.vocab_size);
+  const auto eos = defaults_of(c.model_type).eos_token_id;
+  if (eos && is_missing(fields, "eos_token_id") && *eos < c.vocab_size) c.eos_token_ids = {*eos};
+  const std::string activation = fields.text_or("hidden_act", "silu");
+  if (activation != "silu" && activation != "swish") {
+    refuse_unsupported(fields, "hidden_act", "\"silu\" (or its other name \"swish\")");
+  }
+  if (fields.has("per_layer_config")) {
+    refuse_unsupported(fields, "per_layer_config", "one shape for all layers");
   }
   if (fields.has("quantization_config")) {
     c.quantization =
@@ -177,10 +270,16 @@ model_config read_config(const std::filesystem::path& directory) {
   model_config c = parse_config(qeft::io::load_json(path), path.string());
   // Chat models end a turn with tokens that only this file lists.
   const auto generation = directory / "generation_config.json";
-  if (std::filesystem::exists(generation)) {
-    const nlohmann::json json = qeft::io::load_json(generation);
-    read_special_tokens(json_fields(json, generation.string()), c);
+  if (!std::filesystem::exists(generation)) return c;
+  nlohmann::json json;
+  try {
+    json = qeft::io::load_json(generation);
+  } catch (const qeft::error& e) {
+    std::fprintf(stderr, "notice: going on without generation_config.json: %s\n", e.what());
+    return c;
   }
+  const json_fields fields(json, generation.string());
+  if (fields.has("eos_token_id")) c.eos_token_ids = read_eos_token_ids(fields, c.vocab_size);
   return c;
 }
 

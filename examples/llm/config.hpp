@@ -29,8 +29,8 @@ struct rope_config {
   qeft::index_t original_max_position_embeddings = 8192;
 };
 
-/// Sizes in elements; names as in config.json. Defaults are what Hugging Face assumes for a missing
-/// key.
+/// Sizes in elements; names as in config.json. What a missing key means is what `transformers` 5
+/// assumes for the model type.
 struct model_config {
   std::string model_type;  // "llama", "mistral" or "qwen2"
   qeft::index_t hidden_size = 0;
@@ -41,19 +41,28 @@ struct model_config {
   qeft::index_t head_dim = 0;             // even
   qeft::index_t vocab_size = 0;
   qeft::index_t max_position_embeddings = 0;
-  /// Each token attends to the last `sliding_window` tokens, itself included; 0 for all. Attention
-  /// over at most that many tokens does not depend on it.
+  /// In the layers that have a window each token attends to the last `sliding_window` tokens, itself
+  /// included; 0 where no layer has one. Attention over at most that many tokens does not depend on
+  /// it.
   qeft::index_t sliding_window = 0;
+  std::vector<bool> windowed_layers;  // by layer; empty when every layer has the window
   double rms_norm_eps = 1e-6;
   rope_config rope;
   bool tie_word_embeddings = false;  // the head is the embedding
   bool qkv_bias = false;             // q_proj, k_proj and v_proj have a bias
   bool o_bias = false;
   bool mlp_bias = false;  // gate_proj, up_proj and down_proj have a bias
-  std::optional<int> bos_token_id;
-  std::vector<int> eos_token_ids;  // ascending; of config.json and generation_config.json
+  /// The tokens that end a text, ascending: those of generation_config.json, or else of config.json.
+  /// Ids without a row in the embedding, which no model can say, are left out.
+  std::vector<int> eos_token_ids;
   std::optional<qeft::io::quantization_config> quantization;  // of a QEFT checkpoint
   nlohmann::json source;  // the parsed config.json, from which a new one is made
+
+  /// The window of a layer, 0 for none.
+  qeft::index_t window_of(qeft::index_t layer) const {
+    const bool has = windowed_layers.empty() || windowed_layers[static_cast<std::size_t>(layer)];
+    return has ? sliding_window : 0;
+  }
 };
 
 /// Checks a parsed config.json. Throws qeft::error, naming key, value and rule: corrupt_file for
@@ -61,7 +70,8 @@ struct model_config {
 /// @param where names the JSON in errors, for example its path
 model_config parse_config(const nlohmann::json& json, const std::string& where);
 
-/// Reads DIR/config.json and, where there is one, DIR/generation_config.json.
+/// Reads DIR/config.json and, where there is one, DIR/generation_config.json. As `transformers`, it
+/// goes on without a generation_config.json that is no JSON, and says so on stderr.
 model_config read_config(const std::filesystem::path& directory);
 
 }  // namespace qeft_llm

@@ -83,6 +83,7 @@ class gradient_pass {
     matrix mlp_in;        // after the second norm
     matrix gate, up;
     matrix inner;  // silu(gate) * up: down_proj's input
+    index_t window = 0;  // of attention, 0 for none
   };
 
   const matrix& tensor(const std::string& name) const { return tensors_.at(name); }
@@ -153,6 +154,7 @@ class gradient_pass {
 
   activations run_block(index_t l, const matrix& stream) const {
     activations a;
+    a.window = config_.window_of(l);
     a.attention_in = norm(norm_name(l, "input_layernorm"), stream);
     a.q = apply(linear_name(l, linear_kind::q), a.attention_in);
     a.k = apply(linear_name(l, linear_kind::k), a.attention_in);
@@ -247,9 +249,8 @@ class gradient_pass {
   matrix attention_weights(const activations& a, index_t head) const {
     matrix p = head_of(a.q, head) * head_of(a.k, head / heads_per_group()).transpose();
     p *= attention_scale();
-    const index_t window = config_.sliding_window;
     for (index_t t = 0; t < p.rows(); ++t) {
-      const index_t hidden = window > 0 ? std::max<index_t>(0, t + 1 - window) : 0;
+      const index_t hidden = a.window > 0 ? std::max<index_t>(0, t + 1 - a.window) : 0;
       p.row(t).head(hidden).setZero();
       softmax(&p(t, hidden), t + 1 - hidden);
       p.row(t).tail(p.cols() - t - 1).setZero();

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "hf_model.hpp"
 
+#include <algorithm>
+
 namespace qeft_llm {
 
 using qeft::errc;
@@ -61,7 +63,8 @@ void hf_weights::require(const std::vector<tensor_spec>& expected) const {
   std::string list;
   for (const tensor_spec& spec : expected) {
     const std::string what =
-        reader_.contains(spec.name) ? complaint(reader_.at(spec.name), spec.shape) : "is missing";
+        contains(spec.name) ? complaint(reader_.at(stored_name(spec.name)), spec.shape)
+                            : "is missing";
     if (what.empty()) continue;
     if (++bad <= listed) list += "\n  " + spec.name + " " + what;
   }
@@ -73,12 +76,21 @@ void hf_weights::require(const std::vector<tensor_spec>& expected) const {
 
 const tensor_view& hf_weights::view(const std::string& name,
                                     const std::vector<index_t>& shape) const {
-  const tensor_view& t = reader_.at(name);
+  const tensor_view& t = reader_.at(stored_name(name));
   const std::string what = complaint(t, shape);
   if (!what.empty()) {
     fail(errc::corrupt_file, reader_.where() + ": tensor '" + name + "' " + what);
   }
   return t;
+}
+
+bool hf_weights::equal(const std::string& a, const std::string& b) const {
+  const tensor_view& x = reader_.at(stored_name(a));
+  const tensor_view& y = reader_.at(stored_name(b));
+  if (x.shape != y.shape) return false;
+  if (x.type == y.type) return std::equal(x.data.begin(), x.data.end(), y.data.begin());
+  return is_floating(x.type) && is_floating(y.type) &&
+         qeft::io::to_floats(x) == qeft::io::to_floats(y);
 }
 
 std::vector<float> hf_weights::read(const std::string& name,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <filesystem>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -38,7 +39,16 @@ class hf_weights {
   /// whose type is not a floating-point type: up to 20 by name, and the number of others.
   void require(const std::vector<tensor_spec>& expected) const;
 
-  bool contains(const std::string& name) const { return reader_.contains(name); }
+  /// From now on `name`, which the files lack, is read from the tensor `stored`.
+  void read_instead(const std::string& name, const std::string& stored) {
+    stored_names_[name] = stored;
+  }
+
+  bool contains(const std::string& name) const { return reader_.contains(stored_name(name)); }
+
+  /// Whether two tensors have the same shape and the same numbers, whatever their types. @pre both
+  /// are there
+  bool equal(const std::string& a, const std::string& b) const;
 
   /// The tensor as floats, row-major. Throws qeft::error naming the tensor when it is missing, has
   /// another shape or type, or holds a NaN or an infinity (then with its flat index).
@@ -52,7 +62,13 @@ class hf_weights {
   const qeft::io::safetensors_reader& reader() const noexcept { return reader_; }
 
  private:
+  const std::string& stored_name(const std::string& name) const {
+    const auto found = stored_names_.find(name);
+    return found == stored_names_.end() ? name : found->second;
+  }
+
   qeft::io::safetensors_reader reader_;
+  std::map<std::string, std::string> stored_names_;
 };
 
 }  // namespace qeft_llm

@@ -2,9 +2,11 @@
 // The only file that instantiates the kernels.
 #include "linear.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "qeft/container/repack.hpp"
@@ -17,8 +19,55 @@ using qeft::errc;
 using qeft::fail;
 using qeft::index_t;
 
+namespace {
+
+/// Numbers rounded to a 16-bit type.
+struct rounded_values {
+  qeft::scalar_kind scalar;
+  std::vector<std::uint16_t> bits;
+  double error = 0;         // as in rounding_summary
+  index_t overflowed = -1;  // the first number that became infinite
+};
+
+template <class Scalar>
+rounded_values rounded(const std::vector<float>& values, index_t rows, index_t columns) {
+  rounded_values r{std::is_same_v<Scalar, qeft::half_bits> ? qeft::scalar_kind::half
+                                                           : qeft::scalar_kind::bf16,
+                   std::vector<std::uint16_t>(values.size())};
+  struct sums {
+    double lost = 0;
+    double whole = 0;
+    void add(double x, double difference) {
+      lost += difference * difference;
+      whole += x * x;
+    }
+    double error() const { return lost == 0 ? 0 : std::sqrt(lost / whole); }
+  };
+  std::vector<sums> by_column(static_cast<std::size_t>(columns));
+  std::size_t i = 0;
+  for (index_t n = 0; n < rows; ++n) {
+    sums row;
+    for (sums& column : by_column) {
+      const float x = values[i];
+      const Scalar stored = qeft::from_float<Scalar>(x);
+      const float back = qeft::to_float(stored);
+      if (std::isinf(back) && r.overflowed < 0) r.overflowed = static_cast<index_t>(i);
+      r.bits[i++] = stored.bits;
+      const double difference = static_cast<double>(x) - static_cast<double>(back);
+      row.add(static_cast<double>(x), difference);
+      column.add(static_cast<double>(x), difference);
+    }
+    r.error = std::max(r.error, row.error());
+  }
+  for (const sums& column : by_column) r.error = std::max(r.error, column.error());
+  return r;
+}
+
+}  // namespace
+
 packed_matrix full_precision(const std::string& name, const qeft::io::tensor_view& tensor,
-                             index_t out_channels, index_t in_channels) {
+                             index_t out_channels, index_t in_channels,
+                             rounding_summary* rounding) {
   qeft::matrix_descriptor d;
   d.out_channels = out_channels;
   d.in_channels = in_channels;
@@ -26,31 +75,47 @@ packed_matrix full_precision(const std::string& name, const qeft::io::tensor_vie
   d.weak_columns = in_channels;
   d.scalar = tensor.type == qeft::io::dtype::bf16 ? qeft::scalar_kind::bf16
                                                   : qeft::scalar_kind::half;
-  packed_matrix m(d);
-  auto* out = reinterpret_cast<std::uint16_t*>(m.weak().data());
-  const index_t count = out_channels * in_channels;
   const auto refuse = [&](index_t i, const std::string& why) {
     fail(errc::not_finite, "tensor " + name + ", element " + std::to_string(i) + ": " + why);
   };
   if (tensor.type == qeft::io::dtype::f32 || tensor.type == qeft::io::dtype::f64) {
     const std::vector<float> values = qeft::io::to_floats(tensor);
-    for (index_t i = 0; i < count; ++i) {
-      const float x = values[static_cast<std::size_t>(i)];
-      out[i] = qeft::from_float<qeft::half_bits>(x).bits;
-      if (!std::isfinite(x)) refuse(i, "not finite");
-      if ((out[i] & 0x7fffU) == 0x7c00U) refuse(i, std::to_string(x) + " overflows FP16");
+    const index_t bad =
+        qeft::io::find_not_finite({values.data(), static_cast<index_t>(values.size())});
+    if (bad >= 0) refuse(bad, "not finite");
+    rounded_values best = rounded<qeft::half_bits>(values, out_channels, in_channels);
+    if (best.error > 0) {
+      rounded_values other = rounded<qeft::bf16_bits>(values, out_channels, in_channels);
+      if (best.overflowed >= 0 || (other.overflowed < 0 && other.error < best.error)) {
+        best = std::move(other);
+      }
     }
+    if (best.overflowed >= 0) {
+      refuse(best.overflowed,
+             std::to_string(values[static_cast<std::size_t>(best.overflowed)]) +
+                 " overflows FP16 and BF16");
+    }
+    if (rounding != nullptr && best.error > 0) {
+      ++rounding->tensors;
+      if (best.error > rounding->error) {
+        rounding->error = best.error;
+        rounding->worst = name;
+      }
+    }
+    d.scalar = best.scalar;
+    packed_matrix m(d);
+    std::memcpy(m.weak().data(), best.bits.data(), 2 * best.bits.size());
     return m;
   }
   if (tensor.type != qeft::io::dtype::f16 && tensor.type != qeft::io::dtype::bf16) {
     fail(errc::unsupported, "tensor " + name + " is " + qeft::io::to_string(tensor.type) +
                                 ", but must be F16, BF16, F32 or F64");
   }
-  std::memcpy(out, tensor.data.data(), static_cast<std::size_t>(2 * count));
-  const unsigned exponent = tensor.type == qeft::io::dtype::f16 ? 0x7c00U : 0x7f80U;
-  for (index_t i = 0; i < count; ++i) {
-    if ((out[i] & exponent) == exponent) refuse(i, "not finite");
-  }
+  packed_matrix m(d);
+  std::memcpy(m.weak().data(), tensor.data.data(),
+              static_cast<std::size_t>(tensor.data.size()));
+  const index_t bad = qeft::io::find_not_finite(tensor.data, d.scalar);
+  if (bad >= 0) refuse(bad, "not finite");
   return m;
 }
 

@@ -14,11 +14,23 @@ namespace qeft_llm {
 
 using packed_matrix = qeft::quantized_matrix<qeft::layout::row_packed>;
 
-/// A full-precision (F16, BF16, F32) tensor of OC x IC as a layer whose columns are all weak: no
-/// codes, the values as they are. F32 is rounded to FP16. NaN, infinity and overflow of FP16 throw
-/// qeft::error naming the tensor.
+/// What rounding tensors to 16 bits has cost.
+struct rounding_summary {
+  qeft::index_t tensors = 0;  // that hold a number which 16 bits do not
+  std::string worst;          // the tensor with the largest error
+  double error = 0;           // ||x - rounded x|| / ||x||, the largest of a row or a column
+  bool reported = false;
+};
+
+/// A full-precision (F16, BF16, F32, F64) tensor of OC x IC as a layer whose columns are all weak: no
+/// codes, the values as they are. F32 and F64 are rounded to FP16 or BF16, whichever has the smaller
+/// error by the measure of rounding_summary: FP16 for weights of usual size, BF16 where rows or
+/// columns are too small or too large for FP16. NaN, infinity and overflow throw qeft::error naming
+/// the tensor.
+/// @param rounding counts the tensor if its numbers changed; may be null
 packed_matrix full_precision(const std::string& name, const qeft::io::tensor_view& tensor,
-                             qeft::index_t out_channels, qeft::index_t in_channels);
+                             qeft::index_t out_channels, qeft::index_t in_channels,
+                             rounding_summary* rounding = nullptr);
 
 class linear {
  public:

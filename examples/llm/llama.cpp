@@ -3,10 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <utility>
 
 #include "elementwise.hpp"
 #include "qeft/io/checkpoint.hpp"
+#include "qeft/io/convert.hpp"
 
 namespace qeft_llm {
 
@@ -40,7 +42,25 @@ bool has_bias(const model_config& config, linear_kind kind) {
 }  // namespace
 
 model_source::model_source(const std::filesystem::path& directory)
-    : config_(read_config(directory)), weights_(directory) {}
+    : config_(read_config(directory)), weights_(directory) {
+  settle_head();
+}
+
+void model_source::settle_head() {
+  const std::string embedding = "model.embed_tokens.weight";
+  const std::string head = "lm_head.weight";
+  if (!config_.tie_word_embeddings || !weights_.contains(head)) return;
+  if (!weights_.contains(embedding)) {
+    weights_.read_instead(embedding, head);
+  } else if (!weights_.equal(embedding, head)) {
+    std::fprintf(stderr,
+                 "notice: config.json says tie_word_embeddings, but lm_head.weight and "
+                 "model.embed_tokens.weight differ: the head is lm_head.weight, as if "
+                 "tie_word_embeddings were false\n");
+    config_.tie_word_embeddings = false;
+    config_.source["tie_word_embeddings"] = false;  // so that a quantised copy keeps it
+  }
+}
 
 packed_matrix model_source::matrix(const std::string& name, index_t out_channels,
                                    index_t in_channels) const {
@@ -49,7 +69,7 @@ packed_matrix model_source::matrix(const std::string& name, index_t out_channels
   if (d == nullptr) {
     const std::string tensor = name + ".weight";
     return full_precision(tensor, weights_.view(tensor, {out_channels, in_channels}), out_channels,
-                          in_channels);
+                          in_channels, &rounding_);
   }
   if (d->out_channels != out_channels || d->in_channels != in_channels) {
     fail(errc::corrupt_file, "quantised layer " + name + " is " + std::to_string(d->out_channels) +
@@ -62,6 +82,16 @@ packed_matrix model_source::matrix(const std::string& name, index_t out_channels
 
 std::vector<float> model_source::vector(const std::string& name, index_t size) const {
   return weights_.read(name, {size});
+}
+
+void model_source::report_rounding() const {
+  if (rounding_.tensors == 0 || rounding_.reported) return;
+  rounding_.reported = true;
+  std::fprintf(stderr,
+               "notice: %lld tensors were rounded to 16 bits, FP16 or BF16 by which loses less; the "
+               "worst, %s, by %.2g of the norm of a row or column\n",
+               static_cast<long long>(rounding_.tensors), rounding_.worst.c_str(),
+               rounding_.error);
 }
 
 rope_table::rope_table(const model_config& config, index_t positions)
@@ -141,6 +171,7 @@ block load_block(const qeft::on_host& exec, const model_source& source, index_t 
   const model_config& config = source.config();
   const std::string prefix = "model.layers." + std::to_string(index) + ".";
   block b;
+  b.window = config.window_of(index);
   b.attention_norm = source.vector(prefix + "input_layernorm.weight", config.hidden_size);
   b.mlp_norm = source.vector(prefix + "post_attention_layernorm.weight", config.hidden_size);
   for (const linear_kind kind : all_linears) {
@@ -174,7 +205,7 @@ void attend(const qeft::on_host& exec, const model_config& config, const rope_ta
       cache.store(first + t, keys, v.data() + t * value_heads * dim);
     }
   });
-  causal_attention(exec, cache, heads, q.data(), tokens, first, config.sliding_window, out);
+  causal_attention(exec, cache, heads, q.data(), tokens, first, b.window, out);
 }
 
 void mlp_inner(const qeft::on_host& exec, const block& b, const float* x, index_t tokens,
@@ -230,6 +261,7 @@ llama_model::llama_model(const qeft::on_host& exec, const model_source& source)
   if (!config_.tie_word_embeddings) {
     head_ = linear(exec, source.matrix("lm_head", config_.vocab_size, config_.hidden_size));
   }
+  source.report_rounding();
 }
 
 void llama_model::reset(index_t capacity) {
@@ -240,6 +272,7 @@ void llama_model::reset(index_t capacity) {
                                      std::to_string(config_.max_position_embeddings));
   }
   position_ = 0;
+  damaged_by_ = -1;
   if (capacity == capacity_) return;
   capacity_ = capacity;
   rope_ = rope_table(config_, capacity);
@@ -266,6 +299,10 @@ const std::vector<float>& llama_model::forward(const std::vector<int>& tokens,
   for (std::size_t l = 0; l < blocks_.size(); ++l) {
     block_forward(exec_, config_, rope_, blocks_[l], count, position_, caches_[l], stream_.data(),
                   tap);
+    const qeft::span<const float> stream(stream_.data(), static_cast<index_t>(stream_.size()));
+    if (damaged_by_ < 0 && qeft::io::find_not_finite(stream) >= 0) {
+      damaged_by_ = static_cast<index_t>(l);
+    }
   }
   rms_norm(exec_, stream_.data(), norm_.data(), static_cast<float>(config_.rms_norm_eps), count,
            config_.hidden_size, stream_.data());
@@ -275,6 +312,12 @@ const std::vector<float>& llama_model::forward(const std::vector<int>& tokens,
 
 void llama_model::logits(const float* normed, index_t rows, float* logits) const {
   head().forward(exec_, normed, rows, logits);
+  if (qeft::io::find_not_finite({logits, rows * config_.vocab_size}) < 0) return;
+  std::string message = "the model's logits are not finite";
+  if (damaged_by_ >= 0) {
+    message += ", nor are its activations behind model.layers." + std::to_string(damaged_by_);
+  }
+  fail(errc::not_finite, message);
 }
 
 }  // namespace qeft_llm

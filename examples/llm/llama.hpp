@@ -16,7 +16,10 @@
 
 namespace qeft_llm {
 
-/// Reads the tensors of a model directory, full-precision or a QEFT checkpoint.
+/// Reads the tensors of a model directory, full-precision or a QEFT checkpoint. What config.json and
+/// the tensors disagree about is settled as `transformers` 5 does, with a notice on stderr:
+/// - tied in config.json, but another lm_head in the files: that head counts, and config() says so;
+/// - tied, and lm_head is the only one of the two in the files: it is the embedding too.
 class model_source {
  public:
   explicit model_source(const std::filesystem::path& directory);
@@ -24,15 +27,23 @@ class model_source {
   const model_config& config() const noexcept { return config_; }
   const hf_weights& weights() const noexcept { return weights_; }
 
-  /// @param name without ".weight"; quantised where the checkpoint says so, else all columns weak
+  /// @param name without ".weight"; quantised where the checkpoint says so, else all columns weak.
+  /// What 16 bits do not hold is counted for report_rounding.
   packed_matrix matrix(const std::string& name, qeft::index_t out_channels,
                        qeft::index_t in_channels) const;
   /// A norm's weight or a bias.
   std::vector<float> vector(const std::string& name, qeft::index_t size) const;
 
+  /// Says on stderr, once, how many of the tensors read so far were rounded to 16 bits, and the
+  /// largest error.
+  void report_rounding() const;
+
  private:
+  void settle_head();
+
   model_config config_;
   hf_weights weights_;
+  mutable rounding_summary rounding_;
 };
 
 /// cos and sin of (position, pair) for the first positions; pairs are (i, i + head_dim / 2).
@@ -51,6 +62,7 @@ class rope_table {
 
 /// One decoder block.
 struct block {
+  qeft::index_t window = 0;  // of attention, as in model_config::window_of
   std::vector<float> attention_norm;
   linear q, k, v, o;
   std::vector<float> mlp_norm;
@@ -110,6 +122,8 @@ class llama_model {
   /// @throws qeft::error for ids outside of the vocabulary or more tokens than there is room for
   const std::vector<float>& forward(const std::vector<int>& tokens, const activation_tap& tap = {});
   /// Logits of rows of what forward returned. @param logits (rows, vocab_size)
+  /// @throws qeft::error errc::not_finite for a logit that is NaN or infinite, naming the block
+  /// behind which the activations were so for the first time since reset
   void logits(const float* normed, qeft::index_t rows, float* logits) const;
 
  private:
@@ -124,6 +138,7 @@ class llama_model {
   std::vector<float> stream_;
   qeft::index_t capacity_ = 0;
   qeft::index_t position_ = 0;
+  qeft::index_t damaged_by_ = -1;  // the first block that made the stream not finite since reset
 };
 
 }  // namespace qeft_llm

@@ -220,15 +220,32 @@ TEST_CASE("damaged models are refused") {
   broken.tensors.at(up)[5] = NAN;
   write_tensors(w.copy("damaged"), broken, dtype::f32);
   CHECK(w.refused(quantize_damaged(), {up.c_str(), "not finite"}));
-  broken.tensors.at(up)[5] = 1e6;
+  broken.tensors.at(up)[5] = 3.4e38;
   write_tensors(w.copy("damaged"), broken, dtype::f32);
-  CHECK(w.refused(quantize_damaged(), {up.c_str(), "overflows FP16"}));
+  CHECK(w.refused(quantize_damaged(), {up.c_str(), "overflows"}));
 
   write_all(w.copy("damaged") / "config.json", "{\"model_type\": \"llama\"");
   CHECK(w.refused(quantize_damaged(), {"config.json"}));
   fs::remove(w.copy("damaged") / "tokenizer.json");
   CHECK(w.refused(quantize_damaged(), {"tokenizer.json", "No such file"}));
   CHECK(w.refused(run(w.quantize("nowhere")), {"nowhere", "config.json"}));
+}
+
+TEST_CASE("logits that are not finite end generate and perplexity") {
+  const workplace w;
+  reference_model broken = w.model;
+  for (double& x : broken.tensors.at("model.norm.weight")) x = 3e38;
+  write_tensors(w.copy("damaged"), broken, dtype::f32);
+  const std::string model = " --model " + w.at("damaged");
+  for (const char* temperature : {"0", "1"}) {
+    const outcome said =
+        run("generate --prompt abc --temperature " + std::string(temperature) + model);
+    CHECK(said.status == 1);
+    CHECK(mentions(said.text, {"the model's logits are not finite"}));
+  }
+  const outcome measured = run("perplexity --seq-len 64 --text " + w.at("text") + model);
+  CHECK(measured.status == 1);
+  CHECK(mentions(measured.text, {"the model's logits are not finite"}));
 }
 
 TEST_CASE("Hessians without rank give models without NaN") {

@@ -66,7 +66,6 @@ TEST_CASE("the config of SmolLM2", "[llm]") {
   CHECK_FALSE(c.qkv_bias);
   CHECK_FALSE(c.o_bias);
   CHECK_FALSE(c.mlp_bias);
-  CHECK(c.bos_token_id == 1);
   CHECK(c.eos_token_ids == std::vector<int>{2});
   CHECK_FALSE(c.quantization.has_value());
   CHECK(c.source == smollm2());
@@ -79,8 +78,10 @@ TEST_CASE("absent keys have the values Hugging Face gives them", "[llm]") {
   CHECK(parse(without("max_position_embeddings")).max_position_embeddings == 2048);
   CHECK_FALSE(parse(without("tie_word_embeddings")).tie_word_embeddings);
   CHECK(parse(without("hidden_act")).hidden_size == 576);
-  CHECK_FALSE(parse(without("bos_token_id")).bos_token_id.has_value());
-  CHECK(parse(without("eos_token_id")).eos_token_ids.empty());
+  CHECK(parse(without("eos_token_id")).eos_token_ids == std::vector<int>{2});
+  CHECK(parse(with({{"eos_token_id", nullptr}})).eos_token_ids.empty());
+  CHECK(parse(with({{"num_key_value_heads", nullptr}})).num_key_value_heads == 9);
+  CHECK(parse(with({{"hidden_act", "swish"}})).hidden_size == 576);
   CHECK(parse(with({{"head_dim", nullptr}})).head_dim == 64);
   CHECK(parse(with({{"head_dim", 80}})).head_dim == 80);
 }
@@ -110,6 +111,37 @@ TEST_CASE("rotary scaling in its spellings", "[llm]") {
       parse(with({{"rope_parameters", {{"rope_type", "default"}, {"rope_theta", 7.0}}}})).rope;
   CHECK(plain.scaling == rope_scaling::none);
   CHECK(plain.theta == 7);
+  const rope_config bare = parse(with({{"rope_parameters", {{"rope_theta", 5e4}}}})).rope;
+  CHECK(bare.scaling == rope_scaling::none);
+  CHECK(bare.theta == 5e4);
+  json without_context = with({{"rope_scaling", llama3_rope}});
+  without_context["rope_scaling"].erase("original_max_position_embeddings");
+  CHECK(parse(without_context).rope.original_max_position_embeddings == 8192);
+  // Both spellings of the type in one object: the new one counts.
+  const rope_config both_types =
+      parse(with({{"rope_scaling", {{"type", "yarn"}, {"rope_type", "linear"}, {"factor", 2}}}}))
+          .rope;
+  CHECK(both_types.scaling == rope_scaling::linear);
+}
+
+TEST_CASE("rope_scaling counts beside rope_parameters, of which then nothing is left", "[llm]") {
+  const json linear = {{"type", "linear"}, {"factor", 4.0}};
+  const json plain = {{"rope_type", "default"}, {"rope_theta", 7.0}};
+  json both = with({{"rope_scaling", linear}, {"rope_parameters", plain}});
+  CHECK(parse(both).rope.scaling == rope_scaling::linear);
+  CHECK(parse(both).rope.factor == 4);
+  CHECK(parse(both).rope.theta == 100000);  // that beside them
+  both.erase("rope_theta");
+  CHECK(parse(both).rope.theta == 10000);
+  both["rope_scaling"]["rope_theta"] = 9;
+  CHECK(parse(both).rope.theta == 9);
+  // Empty or null ones do not.
+  for (const json& none : {json::object(), json(nullptr)}) {
+    const rope_config rope = parse(with({{"rope_scaling", none}, {"rope_parameters", plain}})).rope;
+    CHECK(rope.scaling == rope_scaling::none);
+    CHECK(rope.theta == 7);
+  }
+  CHECK(parse(with({{"rope_scaling", json::object()}})).rope.theta == 100000);
 }
 
 TEST_CASE("Mistral and Qwen2", "[llm]") {
@@ -120,6 +152,8 @@ TEST_CASE("Mistral and Qwen2", "[llm]") {
   CHECK(parse(mistral).sliding_window == 4096);
   CHECK_FALSE(parse(mistral).qkv_bias);
 
+  CHECK(parse(with({{"num_key_value_heads", nullptr}}, mistral)).num_key_value_heads == 9);
+
   const json qwen2 = with({{"model_type", "qwen2"},
                            {"sliding_window", 4096},
                            {"use_sliding_window", false},
@@ -129,13 +163,51 @@ TEST_CASE("Mistral and Qwen2", "[llm]") {
   CHECK(c.qkv_bias);
   CHECK_FALSE(c.o_bias);
   CHECK_FALSE(c.mlp_bias);
-  CHECK(catch_error([&] {
-          parse(with({{"use_sliding_window", true}}, qwen2));
-        }).code == errc::unsupported);
-  CHECK(
-      parse(with({{"use_sliding_window", true}, {"sliding_window", 8192}}, qwen2)).sliding_window ==
-      0);
+  json bare = qwen2;
+  bare.erase("eos_token_id");
+  bare.erase("max_position_embeddings");
+  CHECK(parse(bare).eos_token_ids.empty());
+  CHECK(parse(bare).max_position_embeddings == 32768);
+  bare["model_type"] = "mistral";
+  CHECK(parse(bare).eos_token_ids == std::vector<int>{2});
+  CHECK(parse(bare).max_position_embeddings == 131072);
+}
 
+TEST_CASE("which layers of a Qwen2 have a window", "[llm]") {
+  const auto windows = [](const json& changes) {
+    json config = with({{"model_type", "qwen2"},
+                        {"num_hidden_layers", 4},
+                        {"sliding_window", 16},
+                        {"use_sliding_window", true},
+                        {"max_window_layers", 3}});
+    config.update(changes);
+    const model_config c = parse(config);
+    std::vector<index_t> all;
+    for (index_t l = 0; l < 4; ++l) all.push_back(c.window_of(l));
+    return all;
+  };
+  using list = std::vector<index_t>;
+  CHECK(windows(json::object()) == list{0, 0, 0, 16});
+  CHECK(windows({{"max_window_layers", 0}}) == list{16, 16, 16, 16});
+  CHECK(windows({{"max_window_layers", 4}}) == list{0, 0, 0, 0});
+  CHECK(windows({{"max_window_layers", nullptr}}) == list{0, 0, 0, 0});  // 28
+  CHECK(windows({{"use_sliding_window", false}}) == list{0, 0, 0, 0});
+  CHECK(windows({{"sliding_window", nullptr}}) == list{0, 0, 0, 0});
+  CHECK(windows({{"sliding_window", 8192}}) == list{0, 0, 0, 0});  // of 8192 positions
+  const json types = {"sliding_attention", "full_attention", "full_attention", "sliding_attention"};
+  CHECK(windows({{"layer_types", types}}) == list{16, 0, 0, 16});
+  CHECK_THAT(catch_error([&] {
+               windows({{"layer_types", types}, {"use_sliding_window", false}});
+             }).message,
+             contains("layer_types"));
+  CHECK_THAT(catch_error([&] { windows({{"layer_types", {"full_attention"}}}); }).message,
+             contains("a list of num_hidden_layers = 4 types"));
+  json other = types;
+  other[1] = "linear_attention";
+  CHECK(catch_error([&] { windows({{"layer_types", other}}); }).code == errc::unsupported);
+}
+
+TEST_CASE("biases of a Llama", "[llm]") {
   const model_config biased = parse(with({{"attention_bias", true}, {"mlp_bias", true}}));
   CHECK((biased.qkv_bias && biased.o_bias && biased.mlp_bias));
 }
@@ -167,15 +239,17 @@ TEST_CASE("what breaks a rule is refused by key, value and rule", "[llm]") {
       {with({{"num_key_value_heads", 4}}),
        "num_key_value_heads is 4, but must be a divisor of "
        "num_attention_heads = 9"},
-      {with({{"model_type", "mistral"}, {"num_key_value_heads", nullptr}}),
-       "num_key_value_heads is missing, but must be an integer"},
+      {with({{"model_type", "mistral"}}, without("num_key_value_heads")),
+       "num_key_value_heads is missing, which means 8 for mistral, but must be a divisor of"},
       {with({{"head_dim", 63}}), "head_dim is 63, but must be even"},
       {with({{"max_position_embeddings", 0}}), "max_position_embeddings is 0"},
       {with({{"rms_norm_eps", 0}}), "rms_norm_eps is 0, but must be a number above 0"},
       {with({{"rms_norm_eps", "1e-5"}}), "rms_norm_eps is \"1e-5\""},
       {with({{"rope_theta", -1.0}}), "rope_theta is -1.0"},
       {with({{"rope_scaling", 3}}), "rope_scaling: must be an object"},
-      {with({{"rope_scaling", json::object()}}), "type is missing"},
+      {with({{"rope_theta", nullptr}}), "rope_theta is missing"},
+      {with({{"rope_parameters", {{"rope_theta", "1e4"}}}}), "rope_theta is \"1e4\""},
+      {with({{"rope_scaling", {{"rope_type", nullptr}}}}), "rope_type is missing"},
       {with({{"rope_scaling", {{"type", "linear"}}}}), "rope_scaling: factor is missing"},
       {with({{"rope_scaling", {{"type", "linear"}, {"factor", 0.5}}}}),
        "factor is 0.5, but must be at least 1"},
@@ -186,9 +260,6 @@ TEST_CASE("what breaks a rule is refused by key, value and rule", "[llm]") {
        "original_max_position_embeddings is 1.5"},
       {with({{"tie_word_embeddings", 1}}), "tie_word_embeddings is 1, but must be true or false"},
       {with({{"attention_bias", "no"}}), "attention_bias is \"no\""},
-      {with({{"bos_token_id", {1, 2}}}), "bos_token_id is [1,2], but must be one token id"},
-      {with({{"bos_token_id", -1}}), "bos_token_id is -1"},
-      {with({{"eos_token_id", 49152}}), "eos_token_id is 49152, but must be a token id below"},
       {with({{"eos_token_id", {2, "3"}}}), "eos_token_id is [2,\"3\"]"},
       {with({{"model_type", "mistral"}, {"sliding_window", 0}}), "sliding_window is 0"},
       {with({{"quantization_config", 4}}), "quantization_config: must be an object"},
@@ -205,8 +276,13 @@ TEST_CASE("what breaks a rule is refused by key, value and rule", "[llm]") {
       {with({{"model_type", "gemma2"}}), "model_type is \"gemma2\", but only"},
       {with({{"hidden_act", "gelu"}}), "hidden_act is \"gelu\", but only \"silu\""},
       {with({{"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4}}}}), "rope_type is \"yarn\""},
+      {with({{"rope_scaling", {{"type", "dynamic"}, {"factor", 4}}}}), "type is \"dynamic\""},
       {with({{"rope_parameters", {{"rope_type", "default"}, {"partial_rotary_factor", 0.5}}}}),
        "partial_rotary_factor is 0.5"},
+      {with({{"partial_rotary_factor", 0.5}}), "partial_rotary_factor is 0.5"},
+      {with({{"rope_parameters", {{"full_attention", {{"rope_theta", 7.0}}}}}}),
+       "full_attention is {\"rope_theta\":7.0}, but only one rotation"},
+      {with({{"per_layer_config", {{"0", {{"head_dim", 3}}}}}}), "per_layer_config is"},
       {with({{"quantization_config", {{"quant_method", "gptq"}}}}), "quant_method is \"gptq\""},
   };
   for (const bad_case& b : unsupported) {
@@ -217,16 +293,24 @@ TEST_CASE("what breaks a rule is refused by key, value and rule", "[llm]") {
   }
 }
 
-TEST_CASE("read_config adds the end tokens of generation_config.json", "[llm]") {
+TEST_CASE("the end tokens are those of generation_config.json where it has any", "[llm]") {
   temporary_directory dir;
   CHECK_THAT(catch_error([&] { read_config(dir.path()); }).message, contains("config.json"));
   write_all(dir / "config.json", smollm2().dump());
+  const auto ends = [&](const std::string& generation) {
+    write_all(dir / "generation_config.json", generation);
+    return read_config(dir.path()).eos_token_ids;
+  };
   CHECK(read_config(dir.path()).eos_token_ids == std::vector<int>{2});
-  write_all(dir / "generation_config.json", R"({"bos_token_id": 1, "eos_token_id": [7, 2, 0]})");
-  CHECK(read_config(dir.path()).eos_token_ids == std::vector<int>{0, 2, 7});
-  write_all(dir / "generation_config.json", R"({"eos_token_id": 50000})");
-  CHECK_THAT(catch_error([&] { read_config(dir.path()); }).message,
-             contains("generation_config.json: eos_token_id is 50000"));
+  CHECK(ends(R"({"bos_token_id": 1, "eos_token_id": [7, 3, 0, 7]})") == std::vector<int>{0, 3, 7});
+  CHECK(ends(R"({"bos_token_id": [1, 5]})") == std::vector<int>{2});
+  // Ids without a row in the embedding are never drawn; a file that is no JSON is ignored.
+  CHECK(ends(R"({"eos_token_id": [50000, 49152, -1, 18446744073709551615, 49151]})") ==
+        std::vector<int>{49151});
+  CHECK(ends("") == std::vector<int>{2});
+  CHECK(ends("{\"eos_token_id\": 5") == std::vector<int>{2});
+  CHECK_THAT(catch_error([&] { ends(R"({"eos_token_id": "5"})"); }).message,
+             contains("generation_config.json: eos_token_id is \"5\""));
   write_all(dir / "config.json", smollm2().dump().substr(0, 100));
   CHECK(catch_error([&] { read_config(dir.path()); }).code == errc::corrupt_file);
 }

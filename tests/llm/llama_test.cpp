@@ -13,6 +13,7 @@
 
 #include "elementwise.hpp"
 #include "qeft/io/checkpoint.hpp"
+#include "qeft/io/convert.hpp"
 #include "qeft/io/safetensors.hpp"
 #include "reference_model.hpp"
 #include "support/cases.hpp"
@@ -118,6 +119,14 @@ TEST_CASE("the decoder computes what its definition says", "[llm]") {
        {"head_dim", 16},
        {"vocab_size", 256}},
       {{"model_type", "mistral"}, {"sliding_window", 35}},
+      {{"model_type", "qwen2"},
+       {"use_sliding_window", true},
+       {"sliding_window", 20},
+       {"max_window_layers", 1}},
+      {{"model_type", "qwen2"},
+       {"use_sliding_window", true},
+       {"sliding_window", 9},
+       {"layer_types", {"sliding_attention", "full_attention", "sliding_attention"}}},
       {{"rope_scaling", {{"rope_type", "linear"}, {"factor", 4.0}}}},
       // One pair of a head keeps its frequency, one is on the ramp, two are divided.
       {{"rope_theta", 1000.0},
@@ -199,15 +208,103 @@ TEST_CASE("sequences that do not fit and unknown tokens are refused", "[llm]") {
   CHECK_THROWS_AS(model.forward({-1}), qeft::error);
 }
 
-TEST_CASE("full-precision tensors that FP16 cannot hold are refused", "[llm]") {
-  const auto refused = [](std::vector<float> x) {
-    const qeft::io::tensor_view t{
-        "w", dtype::f32, {1, 2}, {reinterpret_cast<const std::byte*>(x.data()), 8}};
-    return catch_error([&] { full_precision("w", t, 1, 2); });
+TEST_CASE("F32 tensors become FP16 or BF16, by which loses less, and the loss is counted", "[llm]") {
+  const auto read = [](std::vector<float> x, rounding_summary& summary) {
+    const auto columns = static_cast<index_t>(x.size()) / 2;
+    const qeft::io::tensor_view t{"w", dtype::f32, {2, columns}, qeft::io::as_bytes(x)};
+    return full_precision("w", t, 2, columns, &summary).descriptor().scalar;
   };
-  CHECK(refused({1, 65504}).code == errc::ok);
-  CHECK(refused({1, 65520}).message == "tensor w, element 1: 65520.000000 overflows FP16");
-  CHECK(refused({std::nanf(""), 1}).message == "tensor w, element 0: not finite");
+  using qeft::scalar_kind;
+  rounding_summary exact;
+  CHECK(read({1, 65504, 0x1p-24F, 0.5F}, exact) == scalar_kind::half);
+  CHECK(read({1, 65536, 0, 0.5F}, exact) == scalar_kind::bf16);
+  CHECK(read({0x1p-30F, -0x1p-33F, 0x1.02p-60F, 0}, exact) == scalar_kind::bf16);
+  CHECK(exact.tensors == 0);
+
+  rounding_summary usual;
+  CHECK(read({0.1F, 0.2F, 0.3F, 0.4F}, usual) == scalar_kind::half);
+  CHECK(usual.tensors == 1);
+  CHECK(usual.worst == "w");
+  CHECK((usual.error > 0 && usual.error < 0x1p-11));
+  // One row, or one column, that FP16 would lose counts as much as the rest.
+  for (const std::vector<float>& x :
+       {std::vector<float>{0.1F, 0.2F, 0.1e-8F, 0.2e-8F}, {0.1F, 0.2e-8F, 0.3F, 0.4e-8F}}) {
+    rounding_summary lossy;
+    CHECK(read(x, lossy) == scalar_kind::bf16);
+    CHECK((lossy.error > 0x1p-11 && lossy.error < 0x1p-8));
+  }
+
+  const auto message = [&](std::vector<float> x) {
+    rounding_summary unused;
+    return catch_error([&] { read(x, unused); }).message;
+  };
+  CHECK(message({1, 2, 1, std::nanf("")}) == "tensor w, element 3: not finite");
+  CHECK_THAT(message({1, 3.4e38F}), contains("tensor w, element 1: 339") &&
+                                        contains("overflows FP16 and BF16"));
+}
+
+TEST_CASE("logits that are not finite are an error that names where they come from", "[llm]") {
+  const auto message = [](const std::string& tensor) {
+    const temporary_directory dir;
+    reference_model m = write_small_model(dir.path(), json::object(), 3);
+    for (double& x : m.tensors.at(tensor)) x = 3e38;
+    write_tensors(dir.path(), m, dtype::f32);
+    llama_model model(qeft::on_host(1), model_source(dir.path()));
+    model.reset(4);
+    const std::vector<float> normed = model.forward({1, 2, 3});
+    std::vector<float> logits(static_cast<std::size_t>(3 * m.config.vocab_size));
+    return catch_error([&] { model.logits(normed.data(), 3, logits.data()); }).message;
+  };
+  CHECK(message("model.norm.weight") == "the model's logits are not finite");
+  CHECK(message("model.layers.1.input_layernorm.weight") ==
+        "the model's logits are not finite, nor are its activations behind model.layers.1");
+}
+
+// config.json says tied: what counts is what the files hold.
+TEST_CASE("heads of tied models", "[llm]") {
+  const temporary_directory dir;
+  reference_model m = write_small_model(dir.path(), json::object(), 3);
+  REQUIRE(m.config.tie_word_embeddings);
+  const std::vector<int> tokens = random_tokens(m.config, 20, 1);
+  const auto& embedding = m.tensors.at("model.embed_tokens.weight");
+  const std::vector<index_t> shape = {m.config.vocab_size, m.config.hidden_size};
+  const auto write = [&](bool with_embedding, const std::vector<double>& head, dtype type) {
+    qeft::io::safetensors_writer writer;
+    for (const tensor_spec& spec : expected_tensors(m.config)) {
+      if (spec.name == "model.embed_tokens.weight" && !with_embedding) continue;
+      if (spec.name != "lm_head.weight") {
+        add_tensor(writer, spec, m.tensors.at(spec.name), dtype::f16);
+      }
+    }
+    add_tensor(writer, {"lm_head.weight", shape}, head, type);
+    writer.write(dir / "model.safetensors");
+  };
+  const auto error = [&] {
+    llama_model model(qeft::on_host(1), model_source(dir.path()));
+    return worst_error(logits_in_pieces(std::move(model), tokens, {20}), m.logits(tokens),
+                       m.config.vocab_size);
+  };
+  SECTION("an equal head, in whatever type, is the embedding") {
+    for (const dtype type : {dtype::f16, dtype::f32}) {
+      write(true, embedding, type);
+      CHECK(model_source(dir.path()).config().tie_word_embeddings);
+      CHECK(error() < 1e-5);
+    }
+  }
+  SECTION("only the head is stored: it is the embedding") {
+    write(false, embedding, dtype::f16);
+    CHECK(error() < 1e-5);
+    CHECK_NOTHROW(model_source(dir.path()).weights().require(expected_tensors(m.config)));
+  }
+  SECTION("another head counts, and a config made from this one says so") {
+    m.config.tie_word_embeddings = false;
+    m.tensors["lm_head.weight"] = random_tensors(m.config, dtype::f16, 9).at("lm_head.weight");
+    write(true, m.tensors.at("lm_head.weight"), dtype::f16);
+    CHECK(error() < 1e-5);
+    const model_config config = model_source(dir.path()).config();
+    CHECK_FALSE(config.tie_word_embeddings);
+    CHECK(config.source.at("tie_word_embeddings") == false);
+  }
 }
 
 TEST_CASE("exp_clamped and softmax", "[llm]") {

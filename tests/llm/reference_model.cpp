@@ -90,7 +90,8 @@ void reference_model::rotate(rows& x) const {
   }
 }
 
-reference_model::rows reference_model::attention(const rows& x, const std::string& block) const {
+reference_model::rows reference_model::attention(const rows& x, const std::string& block,
+                                                  index_t layer) const {
   rows q = linear(x, block + "q_proj");
   rows k = linear(x, block + "k_proj");
   const rows v = linear(x, block + "v_proj");
@@ -99,7 +100,7 @@ reference_model::rows reference_model::attention(const rows& x, const std::strin
   const auto dim = static_cast<std::size_t>(config.head_dim);
   const auto heads = static_cast<std::size_t>(config.num_attention_heads);
   const std::size_t shared = heads / static_cast<std::size_t>(config.num_key_value_heads);
-  const auto window = static_cast<std::size_t>(config.sliding_window);
+  const auto window = static_cast<std::size_t>(config.window_of(layer));
   rows mixed(x.size(), values(heads * dim, 0.0));
   for (std::size_t t = 0; t < x.size(); ++t) {
     for (std::size_t h = 0; h < heads; ++h) {
@@ -139,7 +140,7 @@ std::vector<double> reference_model::logits(const std::vector<int>& tokens) cons
   }
   for (index_t l = 0; l < config.num_hidden_layers; ++l) {
     const std::string block = "model.layers." + std::to_string(l) + ".";
-    add(x, attention(norm(x, block + "input_layernorm"), block + "self_attn."));
+    add(x, attention(norm(x, block + "input_layernorm"), block + "self_attn.", l));
     add(x, mlp(norm(x, block + "post_attention_layernorm"), block + "mlp."));
   }
   const std::string head = config.tie_word_embeddings ? "model.embed_tokens" : "lm_head";

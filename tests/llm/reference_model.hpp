@@ -38,7 +38,7 @@ class reference_model {
   rows norm(const rows& x, const std::string& name) const;
   rows linear(const rows& x, const std::string& name) const;
   void rotate(rows& x) const;
-  rows attention(const rows& x, const std::string& block) const;
+  rows attention(const rows& x, const std::string& block, qeft::index_t layer) const;
   rows mlp(const rows& x, const std::string& block) const;
 };
 
