@@ -63,8 +63,8 @@ int run_inspect(const std::string& path) {
       }
       bytes += static_cast<double>(qeft::storage_of(*d).total());
       // E = tr(dW H dW^T) and, after --compare-rtn, that of RTN, which the quantiser recorded.
-      const double loss = recorded(*config.quantization, name, "loss");
-      const double rtn = recorded(*config.quantization, name, "rtn_loss");
+      const double loss = recorded(*config.quantization, name, "output_error");
+      const double rtn = recorded(*config.quantization, name, "rtn_output_error");
       std::printf("%-36s %7lld %7lld %5d %6lld %-10s %-9s %5lld %9.3f %11s %7s\n", name.c_str(), oc,
                   ic, d->bits, static_cast<long long>(d->group_size), to_string(d->zero),
                   to_string(d->weak), static_cast<long long>(d->weak_columns),

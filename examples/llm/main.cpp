@@ -92,10 +92,7 @@ void add_quantize(CLI::App& command, quantize_options& o, std::string& device) {
   add_choice<bool>(command, "--reorder", o.reorder,
                    "Offline Global Reordering; off: weak columns stay where they are",
                    {{"on", true}, {"off", false}});
-  command
-      .add_option("--samples", o.samples,
-                  "calibration samples; the first 32 choose the stream's weak columns")
-      ->capture_default_str();
+  command.add_option("--samples", o.samples, "calibration samples")->capture_default_str();
   command.add_option("--seq-len", o.seq_len, "tokens per sample")->capture_default_str();
   command
       .add_option("--weak-columns-from", o.weak_columns_from,
@@ -109,6 +106,7 @@ void add_quantize(CLI::App& command, quantize_options& o, std::string& device) {
   command.add_flag("--static-groups", o.layer.static_groups,
                    "group parameters from the weights before any compensation");
   command.add_flag("--compare-rtn", o.compare_rtn, "also find each layer's error under RTN, for inspect");
+  command.add_flag("--json", o.json, "print a JSON object that describes the result");
 }
 
 }  // namespace

@@ -1,69 +1,97 @@
 // SPDX-License-Identifier: Apache-2.0
-// `qeft-llm quantize`: block by block, each with the inputs that the blocks quantised before it
-// produce (METHOD section 3), then Offline Global Reordering of the packed model (section 4).
+// `qeft-llm quantize`: checks everything, chooses weak columns, quantises block by block, writes.
 #include "quantize.hpp"
 
-#include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <initializer_list>
-#include <map>
+#include <optional>
 #include <string>
 #include <utility>
-#include <vector>
 
-#include "elementwise.hpp"
-#include "gradient.hpp"
+#include "calibration.hpp"
 #include "llama.hpp"
-#include "llama_graph.hpp"
 #include "progress.hpp"
+#include "qeft/core/version.hpp"
 #include "qeft/io/atomic_directory.hpp"
-#include "qeft/io/checkpoint.hpp"
-#include "qeft/reorder/permute_matrix.hpp"
-#include "qeft/reorder/weak_selection.hpp"
-#include "qeft/solver/hessian.hpp"
 #include "qeft/solver/quantize_layer.hpp"
-#include "sample_store.hpp"
+#include "quantize_check.hpp"
+#include "quantized_writer.hpp"
 #include "text_windows.hpp"
 #include "tokenizer.hpp"
+#include "weak_choice.hpp"
+#include "work_directory.hpp"
 
 namespace qeft_llm {
 namespace {
 
-using qeft::errc;
-using qeft::fail;
+namespace fs = std::filesystem;
+using nlohmann::json;
 using qeft::index_t;
-using qeft::selection_metric;
-using qeft::solver::hessian_accumulator;
 using qeft::solver::layer_method;
-using qeft::solver::layer_options;
-using qeft::solver::layer_report;
-using column_list = std::vector<std::int32_t>;  // ascending input columns, original coordinates
 
-/// A quantised linear: in original coordinates with indexed weak columns until it is reordered.
-struct quantized_linear {
-  packed_matrix matrix;
-  layer_report report;
-  double rtn_error = -1;  // E under RTN, when compared
-};
+const char* name_of(layer_method m) { return m == layer_method::optq ? "optq" : "rtn"; }
+const char* name_of(qeft::solver::search_method m) {
+  return m == qeft::solver::search_method::grid ? "grid" : "minmax";
+}
+const char* name_of(qeft::selection_metric m) {
+  return m == qeft::selection_metric::hessian    ? "hessian"
+         : m == qeft::selection_metric::gradient ? "gradient"
+                                                 : "hessian_perturbation";
+}
 
-/// Sums of squares per channel: the diagonal of the Hessian without the rest.
-class diagonal_accumulator {
- public:
-  explicit diagonal_accumulator(index_t channels) : sum_(static_cast<std::size_t>(channels)) {}
-  void add(const float* x, index_t tokens) {
-    for (index_t t = 0; t < tokens; ++t) {
-      for (auto& s : sum_) {
-        s += 2.0 * static_cast<double>(*x) * static_cast<double>(*x);
-        ++x;
-      }
-    }
+/// How the model was made, as far as people want to know.
+json describe(const quantize_options& o) {
+  json p;
+  p["method"] = name_of(o.layer.method);
+  p["search"] = name_of(o.layer.search.method);
+  p["act_order"] = o.layer.act_order;
+  p["static_groups"] = o.layer.static_groups;
+  p["reorder"] = o.reorder;
+  if (o.needs_calibration()) {
+    p["samples"] = o.samples;
+    p["seq_len"] = o.seq_len;
+    p["seed"] = o.seed;
   }
-  const std::vector<double>& result() const noexcept { return sum_; }
+  if (o.chooses_columns()) p["selection"] = name_of(o.selection);
+  return p;
+}
 
- private:
-  std::vector<double> sum_;
-};
+/// Size and time of the last change of a file, or of the files in a directory.
+json state_of(const fs::path& path) {
+  json state = json::object();
+  const auto add = [&](const fs::path& file) {
+    state[file.filename().string()] = {
+        fs::file_size(file), fs::last_write_time(file).time_since_epoch().count()};
+  };
+  if (!fs::is_directory(path)) {
+    add(path);
+    return state;
+  }
+  for (const auto& entry : fs::directory_iterator(path)) {
+    if (entry.is_regular_file()) add(entry.path());
+  }
+  return state;
+}
+
+/// Everything that the result depends on.
+json fingerprint(const quantize_options& o) {
+  json f = describe(o);
+  f["version"] = {QEFT_VERSION_MAJOR, QEFT_VERSION_MINOR, QEFT_VERSION_PATCH};
+  f["bits"] = o.layer.bits;
+  f["group_size"] = o.layer.group_size;
+  f["zero"] = to_string(o.layer.zero);
+  f["search_steps"] = o.layer.search.steps;
+  f["search_norm"] = o.layer.search.norm;
+  f["damping"] = o.layer.damping.damping;
+  f["robust_mean"] = o.layer.damping.robust_mean;
+  f["weak_columns"] = o.weak_columns;
+  f["o_proj_placement"] = to_string(o.o_proj_placement);
+  f["accumulation"] = static_cast<int>(o.accumulation);
+  f["compare_rtn"] = o.compare_rtn;
+  f["model"] = state_of(o.model);
+  if (!o.weak_columns_from.empty()) f["weak_columns_from"] = state_of(o.weak_columns_from);
+  if (o.needs_calibration()) f["calibration"] = state_of(o.calibration);
+  return f;
+}
 
 class quantizer {
  public:
@@ -72,497 +100,181 @@ class quantizer {
         exec_(options.threads),
         source_(options.model),
         config_(source_.config()),
-        graph_(describe(config_)) {}
+        weak_(o_, exec_, source_) {}
 
   void run() {
-    check_options();
-    source_.weights().require(expected_tensors(config_));
-    if (!o_.weak_columns_from.empty()) take_weak_columns();
+    check_options(o_, config_, weak_);
+    const auto side = side_files(o_.model);
+    if (!o_.weak_columns_from.empty()) {
+      weak_.take_from(o_.weak_columns_from);
+      reorder(o_, config_, weak_);  // throws when those of o_proj do not suit its placement
+    }
     qeft::io::atomic_directory out(o_.out);
-    scratch_ = out.partial().string();
-    if (needs_calibration()) {
-      rope_ = rope_table(config_, o_.seq_len);
+    work_.emplace(out.partial(), fingerprint(o_));
+    check_tensors(source_);
+    token_windows windows;
+    if (o_.needs_calibration()) {
       const tokenizer tok = tokenizer::from_file(o_.model + "/tokenizer.json");
-      windows_ = draw_windows(text_windows(tok, o_.calibration, o_.seq_len, o_.samples), o_.samples,
-                              o_.seed);
+      windows = draw_windows(text_windows(tok, o_.calibration, o_.seq_len, o_.samples),
+                             o_.samples, o_.seed);
     }
-    if (chooses_columns()) {
-      if (o_.selection == selection_metric::gradient) find_gradients();
-      if (o_.reorder) choose_stream_columns();
-    }
-    if (needs_hessian()) {
-      quantize_with_calibration();
-    } else {
-      quantize_without_calibration();
-    }
-    write(out);
-    if (o_.compare_rtn) report_comparison();
+    if (o_.chooses_columns()) choose_columns(windows);
+    quantize_blocks(windows);
+    const auto written = write_quantized_model(out.partial(), o_, source_, weak_, *work_, side,
+                                               describe(o_));
+    done("model");
+    work_->remove();
+    out.commit();
+    report(written);
   }
 
  private:
-  // ---- Options ----------------------------------------------------------------------------------
+  void done(const std::string& step) const {
+    if (o_.after_step) o_.after_step(step);
+  }
 
-  void check_options() const {
-    const auto broken = [](const char* option, const std::string& value, const std::string& rule) {
-      fail(errc::invalid_argument,
-           std::string("quantize: ") + option + " is " + value + ", but must be " + rule);
-    };
-    if (config_.quantization) {
-      fail(errc::invalid_argument, "quantize: " + o_.model + " is quantised already");
+  void choose_columns(const token_windows& windows) {
+    if (const auto known = work_->load("weak_columns")) {
+      weak_.restore(*known);
+      return;
     }
-    if (needs_calibration() && o_.calibration.empty()) {
-      broken("--calibration", "missing", "given for this method and choice of weak columns");
+    weak_.choose_ahead(windows, work_->path());
+    work_->store("weak_columns", weak_.to_json());
+    done("weak columns");
+  }
+
+  void quantize_blocks(const token_windows& windows) {
+    const auto progress_file = work_->load("blocks");
+    const index_t finished = progress_file ? progress_file->at("finished").get<index_t>() : 0;
+    if (work_->resumed()) {
+      std::fprintf(stderr, "going on behind %lld finished blocks\n",
+                   static_cast<long long>(finished));
     }
-    constexpr index_t most_samples = 1 << 20;
-    if (o_.samples < 1 || o_.samples > most_samples) {
-      broken("--samples", std::to_string(o_.samples),
-             "between 1 and " + std::to_string(most_samples));
+    for (index_t l = 0; l < finished; ++l) {
+      for (const linear_kind kind : all_linears) recall(l, kind);
     }
-    if (needs_calibration() && (o_.seq_len < 2 || o_.seq_len > config_.max_position_embeddings)) {
-      broken("--seq-len", std::to_string(o_.seq_len),
-             "between 2 and the model's max_position_embeddings = " +
-                 std::to_string(config_.max_position_embeddings));
-    }
-    for (const linear_kind kind : all_linears) {
-      const linear_shape s = shape_of(config_, kind);
-      if (o_.weak_columns < 0 || weak_columns_of(kind) > s.in_channels) {
-        broken("--weak-columns", std::to_string(o_.weak_columns),
-               "between 0 and the " + std::to_string(s.in_channels) + " input channels of " +
-                   linear_name(0, kind));
-      }
-      check(o_.layer, s.out_channels, s.in_channels);
-    }
-    if (o_.o_proj_placement == qeft::weak_kind::per_head && !o_.reorder) {
-      broken("--weak-placement", "per_head", "indexed when --reorder is off");
-    }
-  }
-
-  bool chooses_columns() const { return o_.weak_columns > 0 && o_.weak_columns_from.empty(); }
-  bool needs_hessian() const {
-    return o_.layer.method == layer_method::optq || o_.compare_rtn ||
-           (chooses_columns() && o_.selection != selection_metric::gradient);
-  }
-  bool needs_calibration() const { return needs_hessian() || chooses_columns(); }
-
-  bool per_head(linear_kind kind) const {
-    return kind == linear_kind::o && o_.o_proj_placement == qeft::weak_kind::per_head;
-  }
-  /// k of a linear: with per_head placement the next multiple of the heads.
-  index_t weak_columns_of(linear_kind kind) const {
-    return per_head(kind) ? qeft::round_up(o_.weak_columns, config_.num_attention_heads)
-                          : o_.weak_columns;
-  }
-  static bool reads_stream(linear_kind kind) {
-    return kind != linear_kind::o && kind != linear_kind::down;
-  }
-
-  // ---- Which columns are weak (METHOD section 2) ------------------------------------------------
-
-  std::vector<float> weight_of(index_t block, linear_kind kind) const {
-    const linear_shape s = shape_of(config_, kind);
-    return source_.weights().read(linear_name(block, kind) + ".weight",
-                                  {s.out_channels, s.in_channels});
-  }
-
-  /// The sensitivity of a linear's input columns by the selected metric.
-  std::vector<double> sensitivity(index_t block, linear_kind kind,
-                                  const std::vector<double>& hessian_diagonal) const {
-    switch (o_.selection) {
-      case selection_metric::hessian:
-        return hessian_diagonal;
-      case selection_metric::gradient:
-        return gradients_.at(linear_name(block, kind));
-      case selection_metric::hessian_perturbation:
-        break;
-    }
-    const linear_shape s = shape_of(config_, kind);
-    return qeft::hessian_perturbation(
-        hessian_diagonal, qeft::solver::perturbation(exec_, weight_of(block, kind), s.out_channels,
-                                                     s.in_channels, o_.layer));
-  }
-
-  void find_gradients() {
-    progress bar("gradients", o_.samples);
-    gradients_ = gradient_sensitivity(exec_, config_, source_.weights(), windows_,
-                                      [&](index_t, double) { bar.advance(); });
-  }
-
-  /// Global selection: one set of channels of the residual stream for all layers that read it,
-  /// found on the full-precision model.
-  void choose_stream_columns() {
-    qeft::global_selection selection(config_.hidden_size, o_.weak_columns, o_.accumulation);
-    const bool by_gradient = o_.selection == selection_metric::gradient;
-    // Every sample costs a forward pass through the model.
-    constexpr index_t most_samples = 32;
-    const index_t samples = by_gradient ? 0 : std::min(o_.samples, most_samples);
-    sample_store stream(scratch_, samples, o_.seq_len * config_.hidden_size);
-    embed(stream);
-    block_cache cache = make_cache();
-    progress bar("choosing weak columns", config_.num_hidden_layers);
-    for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
-      diagonal_accumulator attention(config_.hidden_size);
-      diagonal_accumulator mlp(config_.hidden_size);
-      if (samples > 0) {
-        const block b = load_block(exec_, source_, l);
-        std::vector<float> h;
-        for (index_t i = 0; i < samples; ++i) {
-          stream.read(i, h);
-          block_forward(exec_, config_, rope_, b, o_.seq_len, 0, cache, h.data(),
-                        [&](linear_kind kind, const float* x, index_t tokens) {
-                          if (kind == linear_kind::q) attention.add(x, tokens);
-                          if (kind == linear_kind::gate) mlp.add(x, tokens);
-                        });
-          stream.write(i, h);
-        }
-      }
-      for (const linear_kind kind : {linear_kind::q, linear_kind::k, linear_kind::v}) {
-        selection.add(sensitivity(l, kind, attention.result()));
-      }
-      for (const linear_kind kind : {linear_kind::gate, linear_kind::up}) {
-        selection.add(sensitivity(l, kind, mlp.result()));
-      }
+    progress bar("quantising", 7 * (config_.num_hidden_layers - finished));
+    const auto quantize = [&](index_t l, linear_kind kind, const layer_inputs* inputs) {
+      packed_matrix m = work_->has_linear(linear_name(l, kind)) ? recall(l, kind)
+                                                                 : quantize_linear(l, kind, inputs);
       bar.advance();
-    }
-    stream_weak_ = selection.choose();
-  }
-
-  /// The weak columns of a linear, found when it is its turn.
-  /// @param hessian_diagonal (IC); not used by layers that follow the stream
-  column_list choose_columns(index_t block, linear_kind kind,
-                             const std::vector<double>& hessian_diagonal) const {
-    const index_t k = weak_columns_of(kind);
-    if (k == 0) return {};
-    if (reads_stream(kind) && o_.reorder) return stream_weak_;
-    const auto s = sensitivity(block, kind, hessian_diagonal);
-    return per_head(kind) ? qeft::top_k_per_head(s, config_.num_attention_heads,
-                                                 config_.num_key_value_heads, k)
-                          : qeft::top_k(s, k);
-  }
-
-  /// --weak-columns-from: the choice of another checkpoint of the same architecture, checked before
-  /// any work is done.
-  void take_weak_columns() {
-    const std::string what = "quantize: --weak-columns-from " + o_.weak_columns_from;
-    const model_source base(o_.weak_columns_from);
-    for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
-      for (const linear_kind kind : all_linears) {
-        const std::string name = linear_name(l, kind);
-        const auto& q = base.config().quantization;
-        const auto* d = q ? q->find(name) : nullptr;
-        const linear_shape s = shape_of(config_, kind);
-        if (d == nullptr || d->in_channels != s.in_channels || d->out_channels != s.out_channels) {
-          fail(errc::invalid_argument,
-               what + " has no quantised layer " + name + " of the same shape");
-        }
-        weak_[name] = qeft::io::read_linear(base.weights().reader(), name, *d).weak_index;
-        if (o_.reorder && reads_stream(kind) &&
-            weak_[name] != weak_.at(linear_name(0, linear_kind::q))) {
-          fail(errc::invalid_argument, what + ": the weak columns of " + name +
-                                           " are not those of the first layer, but all layers that "
-                                           "read the residual stream must share them unless "
-                                           "--reorder is off");
-        }
+      return m;
+    };
+    std::optional<calibration> samples;
+    if (o_.needs_hessian()) samples.emplace(exec_, source_, windows, work_->path(), finished);
+    for (index_t l = finished; l < config_.num_hidden_layers; ++l) {
+      if (samples) {
+        samples->run_block([&](index_t block, linear_kind kind, const layer_inputs& inputs) {
+          return quantize(block, kind, &inputs);
+        });
+      } else {
+        for (const linear_kind kind : all_linears) quantize(l, kind, nullptr);
       }
-    }
-    make_plan();  // throws when those of o_proj do not suit per_head
-  }
-
-  // ---- Quantisation
-  // -------------------------------------------------------------------------------
-
-  block_cache make_cache() const {
-    return {config_.num_key_value_heads, config_.head_dim, o_.seq_len};
-  }
-
-  void embed(sample_store& stream) const {
-    if (stream.samples() == 0) return;
-    const linear embedding(
-        exec_, source_.matrix("model.embed_tokens", config_.vocab_size, config_.hidden_size));
-    std::vector<float> h(static_cast<std::size_t>(o_.seq_len * config_.hidden_size));
-    for (index_t i = 0; i < stream.samples(); ++i) {
-      float* row = h.data();
-      for (const int id : windows_[static_cast<std::size_t>(i)]) {
-        embedding.read_row(id, row);
-        row += config_.hidden_size;
-      }
-      stream.write(i, h);
+      work_->store("blocks", {{"finished", l + 1}});
+      done("block " + std::to_string(l));
     }
   }
 
-  /// Quantises one linear and puts it into the block, so that what follows is calibrated with it.
-  void quantize(index_t l, linear_kind kind, const std::vector<double>& diagonal,
-                qeft::span<const float> hessian, block* b) {
-    const linear_shape s = shape_of(config_, kind);
+  /// A linear that an earlier run finished.
+  packed_matrix recall(index_t l, linear_kind kind) {
+    packed_matrix m = work_->load_linear(linear_name(l, kind)).matrix;
+    weak_.set(linear_name(l, kind), m.weak_index());
+    return m;
+  }
+
+  /// @param inputs null when no Hessian is needed
+  packed_matrix quantize_linear(index_t l, linear_kind kind, const layer_inputs* inputs) {
     const std::string name = linear_name(l, kind);
-    const std::vector<float> w = weight_of(l, kind);
-    if (o_.weak_columns_from.empty()) weak_[name] = choose_columns(l, kind, diagonal);
-    layer_options options = o_.layer;
-    options.weak_columns = weak_.at(name);
-    quantized_linear q;
-    auto result =
-        qeft::solver::quantize_layer(exec_, w, s.out_channels, s.in_channels, hessian, options);
-    q.matrix = std::move(result.matrix);
-    q.report = std::move(result.report);
-    if (o_.compare_rtn) {
-      options.method = layer_method::rtn;
-      const auto rtn =
-          qeft::solver::quantize_layer(exec_, w, s.out_channels, s.in_channels, hessian, options);
-      q.rtn_error = rtn.report.output_error.value_or(-1);
-    }
-    if (q.report.damping > o_.layer.damping.damping) {
-      std::fprintf(stderr, "%s: the Hessian needed a damping of %g\n", name.c_str(),
-                   q.report.damping);
-    }
-    if (b != nullptr) linear_of(*b, kind).replace_weight(exec_, q.matrix);
-    linears_.emplace(name, std::move(q));
-  }
-
-  void quantize_without_calibration() {
-    progress bar("quantising", config_.num_hidden_layers);
-    for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
-      for (const linear_kind kind : all_linears) quantize(l, kind, {}, {}, nullptr);
-      bar.advance();
-    }
-  }
-
-  void quantize_with_calibration() {
-    const index_t n = o_.seq_len;
-    sample_store stream(scratch_, o_.samples, n * config_.hidden_size);
-    sample_store attention(scratch_, o_.samples,
-                           n * config_.num_attention_heads * config_.head_dim);
-    sample_store inner(scratch_, o_.samples, n * config_.intermediate_size);
-    embed(stream);
-    progress bar("quantising", 4 * config_.num_hidden_layers);
-    for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
-      quantize_block(l, stream, attention, inner, bar);
-    }
-  }
-
-  /// True-sequential: q k v, then o, then gate up, then down, each with the inputs that the
-  /// quantised layers before it produce. One sample is resident at a time.
-  void quantize_block(index_t l, sample_store& stream, sample_store& attention, sample_store& inner,
-                      progress& bar) {
-    const index_t n = o_.seq_len;
-    const index_t hidden = config_.hidden_size;
-    const auto epsilon = static_cast<float>(config_.rms_norm_eps);
-    block b = load_block(exec_, source_, l);
-    block_cache cache = make_cache();
-    std::vector<float> h;
-    std::vector<float> a;
-    std::vector<float> x(static_cast<std::size_t>(n * hidden));
-    const auto normed = [&](const std::vector<float>& weight) {
-      rms_norm(exec_, h.data(), weight.data(), epsilon, n, hidden, x.data());
-      return x.data();
-    };
-    const auto add_output = [&](const linear& w) {  // h += w(a)
-      w.forward(exec_, a.data(), n, x.data());
-      add(exec_, x.data(), n * hidden, h.data());
-    };
-    // Runs `step(sample)` on all samples, which returns the layers' input, and quantises the
-    // layers.
-    const auto calibrate = [&](std::initializer_list<linear_kind> kinds, auto&& step) {
-      hessian_accumulator accumulator(shape_of(config_, *kinds.begin()).in_channels);
-      for (index_t i = 0; i < o_.samples; ++i) accumulator.add(exec_, step(i), n);
-      const std::vector<double> diagonal = accumulator.diagonal();
-      const auto hessian = std::move(accumulator).finish();
-      for (const linear_kind kind : kinds) quantize(l, kind, diagonal, hessian, &b);
-      bar.advance();
-    };
-
-    calibrate({linear_kind::q, linear_kind::k, linear_kind::v}, [&](index_t i) {
-      stream.read(i, h);
-      return normed(b.attention_norm);
-    });
-    calibrate({linear_kind::o}, [&](index_t i) {
-      stream.read(i, h);
-      a.resize(static_cast<std::size_t>(n * b.o.in_channels()));
-      attend(exec_, config_, rope_, b, normed(b.attention_norm), n, 0, cache, a.data());
-      attention.write(i, a);
-      return a.data();
-    });
-    calibrate({linear_kind::gate, linear_kind::up}, [&](index_t i) {
-      stream.read(i, h);
-      attention.read(i, a);
-      add_output(b.o);
-      stream.write(i, h);
-      return normed(b.mlp_norm);
-    });
-    calibrate({linear_kind::down}, [&](index_t i) {
-      stream.read(i, h);
-      a.resize(static_cast<std::size_t>(n * config_.intermediate_size));
-      mlp_inner(exec_, b, normed(b.mlp_norm), n, a.data());
-      inner.write(i, a);
-      return a.data();
-    });
-    for (index_t i = 0; i < o_.samples; ++i) {
-      stream.read(i, h);
-      inner.read(i, a);
-      add_output(b.down);
-      stream.write(i, h);
-    }
-  }
-
-  // ---- Reordering and output
-  // ----------------------------------------------------------------------
-
-  /// Brings the weak columns of every layer to the tail (o_proj: to the tails of its heads, or not
-  /// at all) by permuting channel spaces.
-  qeft::reorder_plan make_plan() const {
-    qeft::reorder_plan plan(graph_.graph);
-    if (!o_.reorder) return plan;
-    const auto weak_of = [&](index_t l, linear_kind kind) -> const column_list& {
-      return weak_.at(linear_name(l, kind));
-    };
-    plan.set(graph_.stream, qeft::weak_last(config_.hidden_size, weak_of(0, linear_kind::q)));
-    for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
-      const auto at = static_cast<std::size_t>(l);
-      plan.set(graph_.mlp[at],
-               qeft::weak_last(config_.intermediate_size, weak_of(l, linear_kind::down)));
-      if (o_.o_proj_placement == qeft::weak_kind::per_head) {
-        // The query heads of a value head share their weak channels: take the first of each group.
-        const index_t repeats = config_.num_attention_heads / config_.num_key_value_heads;
-        column_list value;
-        for (const std::int32_t c : weak_of(l, linear_kind::o)) {
-          const index_t head = c / config_.head_dim;
-          if (head % repeats == 0) {
-            value.push_back(static_cast<std::int32_t>(head / repeats * config_.head_dim +
-                                                      c % config_.head_dim));
-          }
-        }
-        plan.set(graph_.value[at],
-                 qeft::weak_last_per_head(config_.num_key_value_heads * config_.head_dim,
-                                          config_.num_key_value_heads, value));
+    const linear_shape s = shape_of(config_, kind);
+    const qeft::span<const float> hessian =
+        inputs == nullptr ? qeft::span<const float>() : inputs->hessian();
+    const std::vector<float> w = weight_of(source_, l, kind);
+    finished_linear result;
+    try {
+      auto options = options_for(exec_, o_, w, s, weak_.of(l, kind, inputs));
+      const auto solve = [&] {
+        return qeft::solver::quantize_layer(exec_, w, s.out_channels, s.in_channels, hessian,
+                                            options);
+      };
+      auto solved = solve();
+      result.matrix = std::move(solved.matrix);
+      result.report = report_of(solved.report);
+      if (solved.report.damping > o_.layer.damping.damping) {
+        std::fprintf(stderr, "%s: the Hessian needed a damping of %g\n", name.c_str(),
+                     solved.report.damping);
       }
-    }
-    return plan;
-  }
-
-  static packed_matrix reordered(const qeft::reorder_plan& plan, const std::string& name,
-                                 const packed_matrix& m, index_t heads = 1) {
-    packed_matrix result = m;
-    if (const auto* rows = plan.rows(name); rows != nullptr && !rows->is_identity()) {
-      result = qeft::permute_rows(*rows, result);
-    }
-    if (const auto* columns = plan.columns(name); columns != nullptr && !columns->is_identity()) {
-      result = qeft::permute_columns(*columns, result, heads);
-    }
-    return result;
-  }
-
-  void write(qeft::io::atomic_directory& out) {
-    namespace io = qeft::io;
-    const qeft::reorder_plan plan = make_plan();
-    io::safetensors_writer writer(std::map<std::string, std::string>{{"format", "pt"}});
-    std::vector<std::vector<float>> vectors;  // kept until the file is written
-    std::vector<packed_matrix> matrices;
-    vectors.reserve(16 + 16 * static_cast<std::size_t>(config_.num_hidden_layers));
-    matrices.reserve(2);
-
-    const auto add_full_precision = [&](const std::string& name) {
-      matrices.push_back(
-          reordered(plan, name, source_.matrix(name, config_.vocab_size, config_.hidden_size)));
-      writer.add(name + ".weight", io::dtype_of(matrices.back().descriptor().scalar),
-                 {config_.vocab_size, config_.hidden_size}, matrices.back().weak());
-    };
-    // A norm or a bias: its channels run over the columns of the described tensor.
-    const auto add_vector = [&](const std::string& tensor, const std::string& described,
-                                index_t size) {
-      vectors.push_back(source_.vector(tensor, size));
-      if (const auto* p = plan.columns(described)) {
-        qeft::permute_columns(*p, qeft::span<float>(vectors.back()));
+      if (options.scalar != o_.layer.scalar) {
+        std::fprintf(stderr, "%s: FP16 would lose; scales and weak columns are BF16\n",
+                     name.c_str());
       }
-      writer.add(tensor, io::dtype::f32, {size},
-                 {reinterpret_cast<const std::byte*>(vectors.back().data()), 4 * size});
-    };
+      if (o_.compare_rtn) {
+        options.method = layer_method::rtn;
+        result.report["rtn_output_error"] = solve().report.output_error.value();
+      }
+    } catch (const qeft::error& e) {
+      qeft::fail(e.code(), name + ": " + e.what());
+    }
+    work_->store_linear(name, result);
+    done(name);
+    return std::move(result.matrix);
+  }
 
-    add_full_precision("model.embed_tokens");
-    if (!config_.tie_word_embeddings) add_full_precision("lm_head");
-    add_vector("model.norm.weight", "model.norm", config_.hidden_size);
-    io::quantization_config quantization;
+  static json report_of(const qeft::solver::layer_report& r) {
+    json report;
+    if (r.output_error) report["output_error"] = *r.output_error;
+    if (r.squared_error) report["squared_error"] = *r.squared_error;
+    report["damping"] = r.damping;
+    report["dead_inputs"] = r.dead_inputs.size();
+    return report;
+  }
+
+  void report(const qeft::io::quantization_config& written) const {
+    const json& layers = written.provenance.at("layers");
+    if (o_.compare_rtn) {  // E = tr(dW H dW^T); inspect shows every layer
+      int better = 0;
+      for (const json& r : layers) better += r.at("output_error") < r.at("rtn_output_error") ? 1 : 0;
+      std::fprintf(stderr, "E is below that of RTN on %d of %zu layers\n", better, layers.size());
+    }
+    if (o_.json) print_json(written);
+  }
+
+  /// One object on stdout: how the model was made, and a table of its layers.
+  void print_json(const qeft::io::quantization_config& written) const {
+    json result = written.provenance;
+    result["out"] = o_.out;
+    result["layers"] = json::array();
+    double weights = 0;
+    double bytes = 0;
     for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
-      const std::string block = "model.layers." + std::to_string(l);
-      for (const char* norm : {".input_layernorm", ".post_attention_layernorm"}) {
-        add_vector(block + norm + ".weight", block + norm, config_.hidden_size);
-      }
       for (const linear_kind kind : all_linears) {
         const std::string name = linear_name(l, kind);
-        quantized_linear& q = linears_.at(name);
-        q.matrix =
-            reordered(plan, name, q.matrix, per_head(kind) ? config_.num_attention_heads : 1);
-        io::add_linear(writer, name, q.matrix, weak_.at(name));
-        quantization.layers[name] = q.matrix.descriptor();
-        auto& report = quantization.provenance["layers"][name];
-        if (q.report.output_error) report["loss"] = *q.report.output_error;
-        if (q.rtn_error >= 0) report["rtn_loss"] = q.rtn_error;
-        if (q.report.squared_error) report["squared_error"] = *q.report.squared_error;
-        report["damping"] = q.report.damping;
-        report["dead_inputs"] = q.report.dead_inputs.size();
-        const std::string bias = name + ".bias";
-        if (source_.weights().contains(bias)) {
-          add_vector(bias, bias, shape_of(config_, kind).out_channels);
-        }
+        const qeft::matrix_descriptor& d = written.layers.at(name);
+        json layer = written.provenance.at("layers").at(name);
+        layer["name"] = name;
+        layer["out_channels"] = d.out_channels;
+        layer["in_channels"] = d.in_channels;
+        layer["bits"] = d.bits;
+        layer["group_size"] = d.group_size;
+        layer["zero"] = to_string(d.zero);
+        layer["scalar"] = to_string(d.scalar);
+        layer["weak"] = to_string(d.weak);
+        layer["weak_columns"] = weak_.of(name);
+        layer["bits_per_weight"] = qeft::bits_per_weight(d);
+        result["layers"].push_back(std::move(layer));
+        weights += static_cast<double>(d.out_channels) * static_cast<double>(d.in_channels);
+        bytes += static_cast<double>(qeft::storage_of(d).total());
       }
     }
-    const auto add_permutation = [&](const std::string& space, const qeft::permutation& p) {
-      if (!p.is_identity()) io::add_permutation(writer, space, p);
-    };
-    add_permutation("stream", plan.of(graph_.stream));
-    for (std::size_t l = 0; l < graph_.mlp.size(); ++l) {
-      add_permutation("mlp." + std::to_string(l), plan.of(graph_.mlp[l]));
-      add_permutation("value." + std::to_string(l), plan.of(graph_.value[l]));
-    }
-    quantization.defaults = quantization.layers.begin()->second;
-    auto& provenance = quantization.provenance;
-    provenance["method"] = o_.layer.method == layer_method::optq ? "optq" : "rtn";
-    provenance["search"] =
-        o_.layer.search.method == qeft::solver::search_method::grid ? "grid" : "minmax";
-    provenance["act_order"] = o_.layer.act_order;
-    provenance["static_groups"] = o_.layer.static_groups;
-    provenance["reorder"] = o_.reorder;
-    if (needs_calibration()) {
-      provenance["samples"] = o_.samples;
-      provenance["seq_len"] = o_.seq_len;
-      provenance["seed"] = o_.seed;
-    }
-    if (chooses_columns()) {
-      provenance["selection"] = o_.selection == selection_metric::hessian ? "hessian"
-                                : o_.selection == selection_metric::gradient
-                                    ? "gradient"
-                                    : "hessian_perturbation";
-    }
-
-    const std::filesystem::path from = o_.model;
-    writer.write_directory(out.partial());
-    nlohmann::json config = config_.source;
-    config["quantization_config"] = io::to_json(quantization);
-    io::write_text_file(out.partial() / "config.json", config.dump(2) + "\n");
-    for (const char* file : {"tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-                             "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                             "merges.txt", "chat_template.jinja", "generation_config.json"}) {
-      if (std::filesystem::exists(from / file)) io::copy_file(from / file, out.partial() / file);
-    }
-    out.commit();
-  }
-
-  /// E = tr(dW H dW^T) against that of RTN; inspect shows every layer.
-  void report_comparison() const {
-    int better = 0;
-    for (const auto& [name, q] : linears_) better += *q.report.output_error < q.rtn_error ? 1 : 0;
-    std::fprintf(stderr, "E is below that of RTN on %d of %zu layers\n", better, linears_.size());
+    result["bits_per_weight"] = 8 * bytes / weights;
+    std::printf("%s\n", result.dump(1).c_str());
   }
 
   quantize_options o_;
   qeft::on_host exec_;
   model_source source_;
-  model_config config_;
-  rope_table rope_;
-  llama_graph graph_;
-  std::string scratch_;  // directory for activations
-  std::vector<std::vector<int>> windows_;
-  column_sensitivities gradients_;           // selection by gradient only
-  column_list stream_weak_;                  // global selection only
-  std::map<std::string, column_list> weak_;  // of every linear, once it is known
-  std::map<std::string, quantized_linear> linears_;
+  const model_config& config_;
+  weak_choice weak_;
+  std::optional<work_directory> work_;
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "qeft/reorder/weak_selection.hpp"
@@ -27,10 +28,24 @@ struct quantize_options {
   std::string weak_columns_from;
   std::uint64_t seed = 0;
   bool compare_rtn = false;  // also find the error of RTN on every layer
+  bool json = false;         // describe the result on stdout
   int threads = 0;           // 0: one per hardware thread
+
+  /// Whether weak columns are chosen, instead of taken over.
+  bool chooses_columns() const { return weak_columns > 0 && weak_columns_from.empty(); }
+  bool needs_hessian() const {
+    return layer.method == qeft::solver::layer_method::optq || compare_rtn ||
+           (chooses_columns() && selection != qeft::selection_metric::gradient);
+  }
+  bool needs_calibration() const { return needs_hessian() || chooses_columns(); }
+
+  /// For tests: called with the name of each step whose result is on the disk.
+  std::function<void(const std::string& step)> after_step;
 };
 
-/// Quantises a model directory; throws qeft::error and leaves no partial output behind.
+/// Quantises a model directory; throws qeft::error and leaves no partial output behind. A run that was
+/// killed left its finished layers beside `out`: the next one with the same options and input goes on
+/// from there, to the same bytes.
 /// @return the exit status of the command
 int run_quantize(const quantize_options& options);
 

@@ -6,6 +6,8 @@
 
 #include <cerrno>
 #include <cstring>
+#include <string>
+#include <utility>
 
 #include "qeft/core/status.hpp"
 
@@ -15,24 +17,26 @@ using qeft::errc;
 using qeft::fail;
 using qeft::index_t;
 
-sample_store::sample_store(const std::string& directory, index_t samples, index_t sample_size)
-    : samples_(samples), sample_size_(sample_size), file_(-1) {
-  std::string name = directory + "/.activations.XXXXXX";
-  file_ = ::mkstemp(name.data());
-  if (file_ < 0) {
-    fail(errc::io_error,
-         "cannot create a file for activations in " + directory + ": " + std::strerror(errno));
-  }
-  ::unlink(name.c_str());
+sample_store::sample_store(std::filesystem::path file, index_t samples, index_t sample_size)
+    : path_(std::move(file)),
+      samples_(samples),
+      sample_size_(sample_size),
+      file_(::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
+  if (file_ < 0) fail_io("create", errno);
   if (::ftruncate(file_, static_cast<off_t>(samples * sample_size) * 4) != 0) {
     const int cause = errno;
     ::close(file_);
-    fail(errc::io_error,
-         "cannot size the file for activations in " + directory + ": " + std::strerror(cause));
+    fail_io("size", cause);
   }
 }
 
 sample_store::~sample_store() { ::close(file_); }
+
+void sample_store::fail_io(const char* what, int cause) const {
+  fail(errc::io_error, std::string("cannot ") + what + " the file of activations " +
+                           path_.string() + ": " +
+                           (cause == 0 ? "unexpected end of file" : std::strerror(cause)));
+}
 
 void sample_store::read(index_t sample, std::vector<float>& x) const {
   x.resize(static_cast<std::size_t>(sample_size_));
@@ -41,10 +45,7 @@ void sample_store::read(index_t sample, std::vector<float>& x) const {
   auto at = static_cast<off_t>(sample * sample_size_) * 4;
   while (left > 0) {
     const ssize_t got = ::pread(file_, data, left, at);
-    if (got <= 0) {
-      fail(errc::io_error, std::string("cannot read stored activations: ") +
-                               (got == 0 ? "unexpected end of file" : std::strerror(errno)));
-    }
+    if (got <= 0) fail_io("read", got == 0 ? 0 : errno);
     data += got;
     at += got;
     left -= static_cast<std::size_t>(got);
@@ -61,13 +62,15 @@ void sample_store::write(index_t sample, const std::vector<float>& x) {
   auto at = static_cast<off_t>(sample * sample_size_) * 4;
   while (left > 0) {
     const ssize_t put = ::pwrite(file_, data, left, at);
-    if (put < 0) {
-      fail(errc::io_error, std::string("cannot store activations: ") + std::strerror(errno));
-    }
+    if (put < 0) fail_io("write", errno);
     data += put;
     at += put;
     left -= static_cast<std::size_t>(put);
   }
+}
+
+void sample_store::sync() {
+  if (::fsync(file_) != 0) fail_io("write", errno);
 }
 
 }  // namespace qeft_llm

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstring>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -128,6 +129,36 @@ inline void add_linear(safetensors_writer& writer, const std::string& name,
 }
 void add_linear(safetensors_writer&, const std::string&, quantized_matrix<layout::row_packed>&&,
                 const std::vector<std::int32_t>&) = delete;  // it would not live long enough
+
+/// As above for a layer that `matrix` makes while the file is written, once for each of its tensors, so
+/// that no more than one layer need be in memory.
+/// @param d      what `matrix().descriptor()` will be
+/// @param matrix its result must stay valid until it is called again, for any layer
+inline void add_linear(safetensors_writer& writer, const std::string& name,
+                       const matrix_descriptor& d, const std::vector<std::int32_t>& weak_index,
+                       const std::function<const quantized_matrix<layout::row_packed>&()>& matrix) {
+  validate(d).throw_if_error();
+  const std::string broken = detail::weak_index_error(weak_index, d);
+  if (!broken.empty()) {
+    fail(errc::invalid_argument, "add_linear: weak_index of " + name + " " + broken);
+  }
+  const auto parts = detail::parts_of(d);
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    if (parts[i].bytes == 0) continue;
+    writer.add(name + parts[i].suffix, parts[i].type, parts[i].shape,
+               [matrix, d, i, name](const safetensors_writer::sink& out) {
+                 const quantized_matrix<layout::row_packed>& m = matrix();
+                 if (m.descriptor() != d) {
+                   fail(errc::invalid_argument,
+                        "add_linear: the matrix of " + name + " is not what its descriptor says");
+                 }
+                 const std::array<span<const std::byte>, 4> bytes = {m.codes(), m.scales(),
+                                                                     m.zeros(), m.weak()};
+                 out(bytes[i]);
+               });
+  }
+  if (!weak_index.empty()) add_i32(writer, name + ".weak_index", weak_index);
+}
 
 /// The counterpart of add_linear. Type and size of every tensor must be what the descriptor says,
 /// and the descriptor must be valid: else errc::corrupt_file or errc::invalid_argument. Scales,

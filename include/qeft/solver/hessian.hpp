@@ -8,6 +8,42 @@
 
 namespace qeft::solver {
 
+/// diag(H) alone, for the choice of weak columns before any layer is quantised: (in_channels) sums in
+/// double.
+class diagonal_accumulator {
+ public:
+  explicit diagonal_accumulator(index_t in_channels)
+      : sum_(static_cast<std::size_t>(
+            checked_product(in_channels, 1, "diagonal_accumulator: in_channels"))) {}
+
+  /// Adds a sample: x is (tokens, in_channels), row-major. Channels are summed over the tokens in
+  /// order, so results do not depend on the number of threads.
+  void add(const on_host& exec, const float* x, index_t tokens) {
+    const auto n = static_cast<index_t>(sum_.size());
+    exec.parallel_for(n, 64, [&](index_t begin, index_t end) {
+      for (index_t t = 0; t < tokens; ++t) {
+        const float* row = x + t * n;
+        for (index_t j = begin; j < end; ++j) {
+          const auto v = static_cast<double>(row[j]);
+          sum_[static_cast<std::size_t>(j)] += v * v;
+        }
+      }
+    });
+    tokens_ += tokens;
+  }
+
+  /// As hessian_accumulator::diagonal.
+  std::vector<double> diagonal() const {
+    std::vector<double> d = sum_;
+    for (double& v : d) v *= tokens_ == 0 ? 0.0 : 2.0 / static_cast<double>(tokens_);
+    return d;
+  }
+
+ private:
+  index_t tokens_ = 0;
+  std::vector<double> sum_;
+};
+
 /// H = 2 X X^T / T over T tokens: the mean over tokens, so that it does not depend on how tokens
 /// are cut into samples. Only the sample being added is resident.
 ///

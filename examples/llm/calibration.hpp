@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// Drives calibration samples through a model whose linears are replaced one after the other, each
+// by what was made from the inputs that those before it produce (METHOD section 3).
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "llama.hpp"
+#include "qeft/core/on_host.hpp"
+#include "qeft/solver/hessian.hpp"
+#include "sample_store.hpp"
+
+namespace qeft_llm {
+
+/// Token ids of the calibration samples, all of the same length.
+using token_windows = std::vector<std::vector<int>>;
+
+/// Writes the embeddings of the tokens, (tokens, hidden_size) per sample, to `stream`.
+void embed(const qeft::on_host& exec, const model_source& source, const token_windows& windows,
+           sample_store& stream);
+
+/// Throws errc::not_finite naming the linear, where its input (tokens, channels) holds a NaN or an
+/// infinity.
+void require_finite_activations(const std::string& linear, qeft::index_t sample, const float* x,
+                                qeft::index_t tokens, qeft::index_t channels);
+
+/// The calibration inputs of linears that read the same activations, made when first asked for.
+class layer_inputs {
+ public:
+  /// Reads the input of a sample, (tokens, IC). The pointer is valid until the next call.
+  using reader = std::function<const float*(qeft::index_t sample)>;
+
+  /// @param name of the first linear that reads them, for errors
+  layer_inputs(const qeft::on_host& exec, std::string name, qeft::index_t in_channels,
+               qeft::index_t samples, qeft::index_t tokens, reader read);
+
+  /// (IC), the diagonal of the Hessian.
+  /// @throws qeft::error naming the linear when activations are not finite, or their Hessian is not
+  const std::vector<double>& diagonal() const;
+  /// (IC, IC), see qeft::solver::hessian_accumulator.
+  qeft::span<const float> hessian() const;
+
+ private:
+  void accumulate() const;
+
+  const qeft::on_host& exec_;
+  std::string name_;
+  qeft::index_t in_channels_;
+  qeft::index_t samples_;
+  qeft::index_t tokens_;
+  reader read_;
+  mutable std::vector<double> diagonal_;
+  mutable qeft::host_buffer<float> hessian_;
+};
+
+/// The weight that is to stand in the place of a linear from now on.
+using replace_linear = std::function<packed_matrix(qeft::index_t block, linear_kind kind,
+                                                   const layer_inputs& inputs)>;
+
+/// The activations of a calibration on their way through the model. One sample is resident at a
+/// time.
+class calibration {
+ public:
+  /// @param directory for files of activations. Those that a calibration of the same samples left
+  ///                  there are used where it had got to.
+  /// @param first     blocks that are finished: run_block must have returned for all below
+  calibration(const qeft::on_host& exec, const model_source& source, const token_windows& windows,
+              const std::filesystem::path& directory, qeft::index_t first = 0);
+
+  /// Replaces the linears of the next block in the order q k v, o, gate up, down. When it returns, the
+  /// block's output is on the disk.
+  void run_block(const replace_linear& replace);
+
+  /// The number of finished blocks.
+  qeft::index_t blocks() const noexcept { return block_; }
+
+ private:
+  const qeft::on_host& exec_;
+  const model_source& source_;
+  qeft::index_t samples_;
+  qeft::index_t tokens_;  // per sample
+  rope_table rope_;
+  block_cache cache_;
+  qeft::index_t block_;
+  // The residual stream before and after the block at work, exchanged from block to block: the first
+  // is only read, so that a block can be begun again.
+  sample_store streams_[2];
+  sample_store attention_;  // o_proj's input
+  sample_store inner_;      // down_proj's input
+};
+
+}  // namespace qeft_llm

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "work_directory.hpp"
+
+#include <cstdio>
+#include <map>
+#include <vector>
+
+#include "qeft/io/checkpoint.hpp"
+#include "qeft/io/json.hpp"
+
+namespace qeft_llm {
+
+namespace fs = std::filesystem;
+namespace io = qeft::io;
+using nlohmann::json;
+
+work_directory::work_directory(const fs::path& parent, const json& fingerprint)
+    : path_(parent / "work") {
+  try {
+    const std::optional<json> earlier = load("fingerprint");
+    resumed_ = earlier && *earlier == fingerprint;
+  } catch (const qeft::error&) {
+    // What cannot be read is not ours to continue.
+  }
+  if (!resumed_ && !fs::is_empty(parent)) {
+    std::fprintf(stderr, "removing %s: it is of a quantisation with other options or input\n",
+                 parent.c_str());
+  }
+  const std::vector<fs::path> entries(fs::directory_iterator(parent), fs::directory_iterator{});
+  for (const fs::path& entry : entries) {
+    if (!resumed_ || entry != path_) fs::remove_all(entry);
+  }
+  fs::create_directories(path_);
+  if (!resumed_) store("fingerprint", fingerprint);
+}
+
+void work_directory::store(const std::string& name, const json& value) const {
+  io::write_text_file(path_ / (name + ".json"), value.dump());
+}
+
+std::optional<json> work_directory::load(const std::string& name) const {
+  const fs::path file = path_ / (name + ".json");
+  if (!fs::exists(file)) return std::nullopt;
+  return io::load_json(file);
+}
+
+fs::path work_directory::file_of(const std::string& linear) const {
+  return path_ / (linear + ".safetensors");
+}
+
+void work_directory::store_linear(const std::string& name, const finished_linear& linear) const {
+  io::quantization_config description;
+  description.layers[name] = description.defaults = linear.matrix.descriptor();
+  description.provenance = linear.report;
+  io::safetensors_writer writer(
+      std::map<std::string, std::string>{{"description", io::to_json(description).dump()}});
+  io::add_linear(writer, name, linear.matrix, linear.matrix.weak_index());
+  writer.write(file_of(name));
+}
+
+bool work_directory::has_linear(const std::string& name) const { return fs::exists(file_of(name)); }
+
+finished_linear work_directory::load_linear(const std::string& name) const {
+  const io::safetensors_reader reader(file_of(name));
+  reader.verify_checksum();
+  const json description =
+      io::parse_json(reader.files().front().metadata().at("description"), reader.where());
+  io::quantization_config config =
+      io::quantization_config_from_json(description, reader.where());
+  return {io::read_linear(reader, name, config).matrix, std::move(config.provenance)};
+}
+
+void work_directory::remove() const { fs::remove_all(path_); }
+
+}  // namespace qeft_llm
