@@ -62,8 +62,10 @@ void layer_inputs::accumulate() const {
   try {
     hessian_ = std::move(sum).finish();
   } catch (const qeft::error& e) {
-    fail(e.code(), name_ + ": the activations of the model are so large that their squares overflow "
-                           "FP32 (" + e.what() + ")");
+    fail(e.code(), name_ +
+                       ": the activations of the model are so large that their squares overflow "
+                       "FP32 (" +
+                       e.what() + ")");
   }
 }
 
@@ -136,8 +138,8 @@ void calibration::run_block(const replace_linear& replace) {
     for (index_t i = 0; i < samples_; ++i) body(i);
   };
   /// to[i] = from[i] + w(inputs[i])
-  const auto add_output = [&](const sample_store& from, const linear& w,
-                              const sample_store& inputs, sample_store& to) {
+  const auto add_output = [&](const sample_store& from, const linear& w, const sample_store& inputs,
+                              sample_store& to) {
     for_each_sample([&](index_t i) {
       from.read(i, h);
       inputs.read(i, a);

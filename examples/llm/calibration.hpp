@@ -57,8 +57,8 @@ class layer_inputs {
 };
 
 /// The weight that is to stand in the place of a linear from now on.
-using replace_linear = std::function<packed_matrix(qeft::index_t block, linear_kind kind,
-                                                   const layer_inputs& inputs)>;
+using replace_linear =
+    std::function<packed_matrix(qeft::index_t block, linear_kind kind, const layer_inputs& inputs)>;
 
 /// The activations of a calibration on their way through the model. One sample is resident at a
 /// time.
@@ -70,8 +70,8 @@ class calibration {
   calibration(const qeft::on_host& exec, const model_source& source, const token_windows& windows,
               const std::filesystem::path& directory, qeft::index_t first = 0);
 
-  /// Replaces the linears of the next block in the order q k v, o, gate up, down. When it returns, the
-  /// block's output is on the disk.
+  /// Replaces the linears of the next block in the order q k v, o, gate up, down. When it returns,
+  /// the block's output is on the disk.
   void run_block(const replace_linear& replace);
 
   /// The number of finished blocks.
@@ -85,8 +85,8 @@ class calibration {
   rope_table rope_;
   block_cache cache_;
   qeft::index_t block_;
-  // The residual stream before and after the block at work, exchanged from block to block: the first
-  // is only read, so that a block can be begun again.
+  // The residual stream before and after the block at work, exchanged from block to block: the
+  // first is only read, so that a block can be begun again.
   sample_store streams_[2];
   sample_store attention_;  // o_proj's input
   sample_store inner_;      // down_proj's input

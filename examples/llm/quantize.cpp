@@ -59,8 +59,8 @@ json describe(const quantize_options& o) {
 json state_of(const fs::path& path) {
   json state = json::object();
   const auto add = [&](const fs::path& file) {
-    state[file.filename().string()] = {
-        fs::file_size(file), fs::last_write_time(file).time_since_epoch().count()};
+    state[file.filename().string()] = {fs::file_size(file),
+                                       fs::last_write_time(file).time_since_epoch().count()};
   };
   if (!fs::is_directory(path)) {
     add(path);
@@ -112,16 +112,17 @@ class quantizer {
     qeft::io::atomic_directory out(o_.out);
     work_.emplace(out.partial(), fingerprint(o_));
     check_tensors(source_);
+    source_.report_rounding();
     token_windows windows;
     if (o_.needs_calibration()) {
       const tokenizer tok = tokenizer::from_file(o_.model + "/tokenizer.json");
-      windows = draw_windows(text_windows(tok, o_.calibration, o_.seq_len, o_.samples),
-                             o_.samples, o_.seed);
+      windows = draw_windows(text_windows(tok, o_.calibration, o_.seq_len, o_.samples), o_.samples,
+                             o_.seed);
     }
     if (o_.chooses_columns()) choose_columns(windows);
     quantize_blocks(windows);
-    const auto written = write_quantized_model(out.partial(), o_, source_, weak_, *work_, side,
-                                               describe(o_));
+    const auto written =
+        write_quantized_model(out.partial(), o_, source_, weak_, *work_, side, describe(o_));
     done("model");
     work_->remove();
     out.commit();
@@ -156,7 +157,7 @@ class quantizer {
     progress bar("quantising", 7 * (config_.num_hidden_layers - finished));
     const auto quantize = [&](index_t l, linear_kind kind, const layer_inputs* inputs) {
       packed_matrix m = work_->has_linear(linear_name(l, kind)) ? recall(l, kind)
-                                                                 : quantize_linear(l, kind, inputs);
+                                                                : quantize_linear(l, kind, inputs);
       bar.advance();
       return m;
     };
@@ -232,7 +233,8 @@ class quantizer {
     const json& layers = written.provenance.at("layers");
     if (o_.compare_rtn) {  // E = tr(dW H dW^T); inspect shows every layer
       int better = 0;
-      for (const json& r : layers) better += r.at("output_error") < r.at("rtn_output_error") ? 1 : 0;
+      for (const json& r : layers)
+        better += r.at("output_error") < r.at("rtn_output_error") ? 1 : 0;
       std::fprintf(stderr, "E is below that of RTN on %d of %zu layers\n", better, layers.size());
     }
     if (o_.json) print_json(written);

@@ -16,7 +16,7 @@ struct quantize_options {
   std::string out;    // directory to write
   /// Format, method and search of every layer; its weak columns are found here.
   qeft::solver::layer_options layer;
-  qeft::index_t weak_columns = 16;  // k; 0 for none
+  qeft::index_t weak_columns = 16;                              // k; 0 for none
   qeft::weak_kind o_proj_placement = qeft::weak_kind::indexed;  // or per_head
   qeft::selection_metric selection = qeft::selection_metric::hessian;
   qeft::accumulation accumulation = qeft::accumulation::top_k;
@@ -43,9 +43,9 @@ struct quantize_options {
   std::function<void(const std::string& step)> after_step;
 };
 
-/// Quantises a model directory; throws qeft::error and leaves no partial output behind. A run that was
-/// killed left its finished layers beside `out`: the next one with the same options and input goes on
-/// from there, to the same bytes.
+/// Quantises a model directory; throws qeft::error and leaves no partial output behind. A run that
+/// was killed left its finished layers beside `out`: the next one with the same options and input
+/// goes on from there, to the same bytes.
 /// @return the exit status of the command
 int run_quantize(const quantize_options& options);
 

@@ -18,10 +18,20 @@ namespace {
        std::string("quantize: ") + option + " is " + value + ", but must be " + rule);
 }
 
+/// The weights of a linear that is to be quantised: (OC, IC).
+void check_range(const tensor_spec& t, const std::vector<float>& values) {
+  constexpr float limit = qeft::solver::largest_weight(qeft::scalar_kind::bf16);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (values[i] <= limit && values[i] >= -limit) continue;
+    fail(errc::not_finite, "tensor " + t.name + ", element " + std::to_string(i) + ": " +
+                               std::to_string(values[i]) +
+                               " overflows group scales, which hold weights up to 2^117, in BF16");
+  }
+}
+
 }  // namespace
 
-void check_options(const quantize_options& o, const model_config& config,
-                   const weak_choice& weak) {
+void check_options(const quantize_options& o, const model_config& config, const weak_choice& weak) {
   if (config.quantization) {
     fail(errc::invalid_argument, "quantize: " + o.model + " is quantised already");
   }
@@ -63,17 +73,6 @@ std::vector<std::filesystem::path> side_files(const std::filesystem::path& model
     found.push_back(file);
   }
   return found;
-}
-
-/// The weights of a linear that is to be quantised: (OC, IC).
-static void check_range(const tensor_spec& t, const std::vector<float>& values) {
-  constexpr float limit = qeft::solver::largest_weight(qeft::scalar_kind::bf16);
-  for (std::size_t i = 0; i < values.size(); ++i) {
-    if (values[i] <= limit && values[i] >= -limit) continue;
-    fail(errc::not_finite, "tensor " + t.name + ", element " + std::to_string(i) + ": " +
-                               std::to_string(values[i]) +
-                               " fits neither FP16 nor BF16 scales, which hold up to 2^117");
-  }
 }
 
 void check_tensors(const model_source& source) {

@@ -16,13 +16,13 @@ namespace qeft_llm {
 void check_options(const quantize_options& options, const model_config& config,
                    const weak_choice& weak);
 
-/// The files beside the tensors that a quantised copy of the model needs and `model` has: tokenizer,
-/// chat template and so on. Throws qeft::error for one that cannot be read.
+/// The files beside the tensors that a quantised copy of the model needs and `model` has:
+/// tokenizer, chat template and so on. Throws qeft::error for one that cannot be read.
 std::vector<std::filesystem::path> side_files(const std::filesystem::path& model);
 
 /// Reads every tensor that the quantised model will hold, one after another, and throws qeft::error
-/// naming the first that is missing, misshapen, of another type, not finite, or does not fit the type
-/// it is to be stored in. Says on stderr when tensors are rounded.
+/// naming the first that is missing, misshapen, of another type, not finite, or does not fit the
+/// type it is to be stored in. Says on stderr when tensors are rounded.
 void check_tensors(const model_source& source);
 
 }  // namespace qeft_llm

@@ -19,12 +19,11 @@ qeft::reorder_plan reorder(const quantize_options& o, const model_config& config
   const llama_graph g = describe(config);
   qeft::reorder_plan plan(g.graph);
   if (!o.reorder) return plan;
-  plan.set(g.stream,
-           qeft::weak_last(config.hidden_size, weak.of(linear_name(0, linear_kind::q))));
+  plan.set(g.stream, qeft::weak_last(config.hidden_size, weak.of(linear_name(0, linear_kind::q))));
   for (index_t l = 0; l < config.num_hidden_layers; ++l) {
     const auto at = static_cast<std::size_t>(l);
-    plan.set(g.mlp[at], qeft::weak_last(config.intermediate_size,
-                                        weak.of(linear_name(l, linear_kind::down))));
+    plan.set(g.mlp[at],
+             qeft::weak_last(config.intermediate_size, weak.of(linear_name(l, linear_kind::down))));
     if (!weak.per_head(linear_kind::o)) continue;
     // The query heads of a value head share their weak channels: take the first of each group.
     const index_t repeats = config.num_attention_heads / config.num_key_value_heads;
@@ -32,8 +31,8 @@ qeft::reorder_plan reorder(const quantize_options& o, const model_config& config
     for (const std::int32_t c : weak.of(linear_name(l, linear_kind::o))) {
       const index_t head = c / config.head_dim;
       if (head % repeats == 0) {
-        value.push_back(static_cast<std::int32_t>(head / repeats * config.head_dim +
-                                                  c % config.head_dim));
+        value.push_back(
+            static_cast<std::int32_t>(head / repeats * config.head_dim + c % config.head_dim));
       }
     }
     plan.set(g.value[at], qeft::weak_last_per_head(config.num_key_value_heads * config.head_dim,
@@ -46,8 +45,8 @@ namespace {
 
 class model_writer {
  public:
-  model_writer(const quantize_options& options, const model_source& source,
-               const weak_choice& weak, const work_directory& finished)
+  model_writer(const quantize_options& options, const model_source& source, const weak_choice& weak,
+               const work_directory& finished)
       : source_(source),
         config_(source.config()),
         weak_(weak),
@@ -55,8 +54,7 @@ class model_writer {
         plan_(reorder(options, config_, weak)),
         writer_(std::map<std::string, std::string>{{"format", "pt"}}) {}
 
-  io::quantization_config write(const std::filesystem::path& directory,
-                                nlohmann::json provenance) {
+  io::quantization_config write(const std::filesystem::path& directory, nlohmann::json provenance) {
     quantization_.provenance = std::move(provenance);
     add_full_precision("model.embed_tokens");
     if (!config_.tie_word_embeddings) add_full_precision("lm_head");
@@ -94,14 +92,13 @@ class model_writer {
     const qeft::matrix_descriptor d = reordered(name, done.matrix, heads).descriptor();
     quantization_.layers[name] = d;
     quantization_.provenance["layers"][name] = done.report;
-    io::add_linear(writer_, name, d, weak_.of(name),
-                   [this, name, heads]() -> const packed_matrix& {
-                     if (at_work_ != name) {
-                       matrix_ = reordered(name, finished_.load_linear(name).matrix, heads);
-                       at_work_ = name;
-                     }
-                     return matrix_;
-                   });
+    io::add_linear(writer_, name, d, weak_.of(name), [this, name, heads]() -> const packed_matrix& {
+      if (at_work_ != name) {
+        matrix_ = reordered(name, finished_.load_linear(name).matrix, heads);
+        at_work_ = name;
+      }
+      return matrix_;
+    });
   }
 
   /// A tensor that is not quantised, which the writer asks for when it is its turn.
@@ -121,8 +118,7 @@ class model_writer {
       qeft::permute_columns(*p, qeft::span<float>(values));
     }
     const qeft::span<const std::byte> bytes = io::as_bytes(values);
-    writer_.add(tensor, io::dtype::f32, {size},
-                std::vector<std::byte>(bytes.begin(), bytes.end()));
+    writer_.add(tensor, io::dtype::f32, {size}, std::vector<std::byte>(bytes.begin(), bytes.end()));
   }
 
   void add_permutations() {

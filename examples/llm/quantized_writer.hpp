@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Writes a quantised model: Offline Global Reordering of the packed layers (METHOD section 4), then the
-// files of the checkpoint.
+// Writes a quantised model: Offline Global Reordering of the packed layers (METHOD section 4), then
+// the files of the checkpoint.
 #pragma once
 
 #include <filesystem>
@@ -14,15 +14,15 @@
 
 namespace qeft_llm {
 
-/// The permutations that bring the weak columns of every layer to the tail (of o_proj: to the tails of
-/// its heads, or not at all); identities when the model is not reordered.
+/// The permutations that bring the weak columns of every layer to the tail (of o_proj: to the tails
+/// of its heads, or not at all); identities when the model is not reordered.
 /// @param weak knows the columns of every linear
 /// @throws qeft::error when those of o_proj do not suit its placement
 qeft::reorder_plan reorder(const quantize_options& options, const model_config& config,
                            const weak_choice& weak);
 
-/// Writes model.safetensors (or shards), config.json and copies of `side_files` to `directory`. Layers
-/// are read from `finished`, reordered and written one at a time.
+/// Writes model.safetensors (or shards), config.json and copies of `side_files` to `directory`.
+/// Layers are read from `finished`, reordered and written one at a time.
 /// @param provenance of the model; the reports of the layers are added
 /// @return what config.json says about the layers
 qeft::io::quantization_config write_quantized_model(

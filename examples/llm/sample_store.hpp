@@ -10,8 +10,8 @@
 namespace qeft_llm {
 
 /// Activations of all calibration samples, in a file, so that only the sample at work is resident
-/// (the paper's Table 11). All samples have the same size. The file stays when the object goes: what
-/// an earlier run of the same quantisation stored can be read again.
+/// (the paper's Table 11). All samples have the same size. The file stays when the object goes:
+/// what an earlier run of the same quantisation stored can be read again.
 class sample_store {
  public:
   /// Opens or creates `file`. @param sample_size floats per sample

@@ -17,9 +17,7 @@ using qeft::fail;
 using qeft::index_t;
 using qeft::selection_metric;
 
-bool reads_stream(linear_kind kind) {
-  return kind != linear_kind::o && kind != linear_kind::down;
-}
+bool reads_stream(linear_kind kind) { return kind != linear_kind::o && kind != linear_kind::down; }
 
 std::vector<float> weight_of(const model_source& source, index_t block, linear_kind kind) {
   const linear_shape s = shape_of(source.config(), kind);
@@ -32,8 +30,7 @@ qeft::solver::layer_options options_for(const qeft::on_host& exec, const quantiz
                                         const column_list& weak) {
   qeft::solver::layer_options o = options.layer;
   o.weak_columns = weak;
-  o.scalar =
-      qeft::solver::choose_scalar(exec, weight, shape.out_channels, shape.in_channels, o);
+  o.scalar = qeft::solver::choose_scalar(exec, weight, shape.out_channels, shape.in_channels, o);
   return o;
 }
 
@@ -60,7 +57,8 @@ void weak_choice::take_from(const std::filesystem::path& checkpoint) {
       const auto* d = quantization ? quantization->find(name) : nullptr;
       const linear_shape s = shape_of(config_, kind);
       if (d == nullptr || d->in_channels != s.in_channels || d->out_channels != s.out_channels) {
-        fail(errc::invalid_argument, what + " has no quantised layer " + name + " of the same shape");
+        fail(errc::invalid_argument,
+             what + " has no quantised layer " + name + " of the same shape");
       }
       known_[name] = qeft::io::read_linear(base.weights().reader(), name, *d).weak_index;
       if (o_.reorder && reads_stream(kind) &&
@@ -108,10 +106,9 @@ std::vector<double> weak_choice::by_hessian(index_t block, linear_kind kind,
 }
 
 column_list weak_choice::top(linear_kind kind, const std::vector<double>& sensitivity) const {
-  return per_head(kind)
-             ? qeft::top_k_per_head(sensitivity, config_.num_attention_heads,
-                                    config_.num_key_value_heads, count(kind))
-             : qeft::top_k(sensitivity, count(kind));
+  return per_head(kind) ? qeft::top_k_per_head(sensitivity, config_.num_attention_heads,
+                                               config_.num_key_value_heads, count(kind))
+                        : qeft::top_k(sensitivity, count(kind));
 }
 
 void weak_choice::set_stream(const column_list& columns) {
@@ -124,9 +121,8 @@ void weak_choice::set_stream(const column_list& columns) {
 
 void weak_choice::choose_by_gradient(const token_windows& windows) {
   progress bar("gradients", o_.samples);
-  const column_sensitivities found =
-      gradient_sensitivity(exec_, config_, source_.weights(), windows,
-                           [&](index_t, double) { bar.advance(); });
+  const column_sensitivities found = gradient_sensitivity(
+      exec_, config_, source_.weights(), windows, [&](index_t, double) { bar.advance(); });
   qeft::global_selection selection(config_.hidden_size, o_.weak_columns, o_.accumulation);
   for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
     for (const linear_kind kind : all_linears) {

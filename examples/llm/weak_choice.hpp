@@ -12,16 +12,16 @@
 
 #include "calibration.hpp"
 #include "llama.hpp"
-#include "quantize.hpp"
 #include "qeft/core/on_host.hpp"
+#include "quantize.hpp"
 
 namespace qeft_llm {
 
 /// Ascending input columns, in the coordinates of the original model.
 using column_list = std::vector<std::int32_t>;
 
-/// Whether a linear's input is the (normed) residual stream: all such linears share their weak columns
-/// when the model is reordered.
+/// Whether a linear's input is the (normed) residual stream: all such linears share their weak
+/// columns when the model is reordered.
 bool reads_stream(linear_kind kind);
 
 /// What the choice does for the layers.
@@ -35,11 +35,12 @@ class weak_choice {
   /// k of a linear: with per_head placement the next multiple of the heads.
   qeft::index_t count(linear_kind kind) const;
 
-  /// Takes over the choice of another checkpoint of the same architecture; throws qeft::error for one
-  /// that does not fit.
+  /// Takes over the choice of another checkpoint of the same architecture; throws qeft::error for
+  /// one that does not fit.
   void take_from(const std::filesystem::path& checkpoint);
-  /// Chooses what depends on the full-precision model alone: by the gradient metric all columns, else
-  /// those of the residual stream when the model is reordered (Algorithm 1, with every sample).
+  /// Chooses what depends on the full-precision model alone: by the gradient metric all columns,
+  /// else those of the residual stream when the model is reordered (Algorithm 1, with every
+  /// sample).
   /// @param directory for activations
   void choose_ahead(const token_windows& windows, const std::filesystem::path& directory);
 
@@ -74,8 +75,8 @@ class weak_choice {
 /// The weight of a linear as numbers, (OC, IC).
 std::vector<float> weight_of(const model_source& source, qeft::index_t block, linear_kind kind);
 
-/// The layer options of a linear with these weak columns: those of the command, stored as the type that
-/// loses least (qeft::solver::choose_scalar).
+/// The layer options of a linear with these weak columns: those of the command, stored as the type
+/// that loses least (qeft::solver::choose_scalar).
 qeft::solver::layer_options options_for(const qeft::on_host& exec, const quantize_options& options,
                                         const std::vector<float>& weight, linear_shape shape,
                                         const column_list& weak);

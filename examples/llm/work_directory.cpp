@@ -65,8 +65,7 @@ finished_linear work_directory::load_linear(const std::string& name) const {
   reader.verify_checksum();
   const json description =
       io::parse_json(reader.files().front().metadata().at("description"), reader.where());
-  io::quantization_config config =
-      io::quantization_config_from_json(description, reader.where());
+  io::quantization_config config = io::quantization_config_from_json(description, reader.where());
   return {io::read_linear(reader, name, config).matrix, std::move(config.provenance)};
 }
 

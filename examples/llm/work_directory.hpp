@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a quantisation keeps on the disk while it runs: finished layers, so that they leave memory, and
-// how far it has got, so that a run that was killed can be continued.
+// What a quantisation keeps on the disk while it runs: finished layers, so that they leave memory,
+// and how far it has got, so that a run that was killed can be continued.
 #pragma once
 
 #include <filesystem>

@@ -26,8 +26,8 @@ inline float largest_magnitude(span<const float> w) noexcept {
   return largest;
 }
 
-/// Whether FP16 stores one of these columns less exactly than BF16 stores any number: with a relative
-/// error above 2^-9.
+/// Whether FP16 stores one of these columns less exactly than BF16 stores any number: with a
+/// relative error above 2^-9.
 inline bool half_loses_column(span<const float> w, index_t in_channels,
                               const std::vector<std::int32_t>& columns) {
   for (const std::int32_t c : columns) {
@@ -44,7 +44,8 @@ inline bool half_loses_column(span<const float> w, index_t in_channels,
   return false;
 }
 
-/// The rows in which a group's min-max scale lies below the normal numbers of FP16, one after another.
+/// The rows in which a group's min-max scale lies below the normal numbers of FP16, one after
+/// another.
 inline std::vector<float> rows_of_small_scales(span<const float> w, index_t out_channels,
                                                index_t in_channels, const layer_options& o) {
   const matrix_descriptor d = describe(out_channels, in_channels, o);
@@ -92,10 +93,10 @@ inline double relative_row_error(const on_host& exec, span<const float> w, index
 
 }  // namespace detail
 
-/// FP16, which is the finer of the two, unless weights exceed largest_weight(half), FP16 would store a
-/// weak column less exactly than BF16 does, or FP16 scales are so small (subnormal, or zero) that the
-/// rows in question come out worse by 2.5 % than with BF16 scales. So the relative error of a layer
-/// does not depend on the size of its weights.
+/// FP16, which is the finer of the two, unless weights exceed largest_weight(half), FP16 would
+/// store a weak column less exactly than BF16 does, or FP16 scales are so small (subnormal, or
+/// zero) that the rows in question come out worse by 2.5 % than with BF16 scales. So the relative
+/// error of a layer does not depend on the size of its weights.
 /// @param w       (out_channels, in_channels), finite
 /// @param options of the layer, its weak columns included; `scalar` is not used
 /// @throws qeft::error for weights above largest_weight(bf16), which neither type is sure to hold
