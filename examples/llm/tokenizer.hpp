@@ -11,7 +11,7 @@
 
 namespace qeft_llm {
 
-struct tokenizer_tables;  // tokenizer.cpp
+struct tokenizer_tables;  // tokenizer_tables.hpp
 
 /// Reads what GPT-2, SmolLM2, Llama 3 and Qwen2 use, BPE over bytes, and what Llama 1 and 2,
 /// TinyLlama and Mistral use, BPE over characters in the style of SentencePiece, which writes
@@ -19,7 +19,8 @@ struct tokenizer_tables;  // tokenizer.cpp
 /// - model BPE, with byte_fallback where there is no ByteLevel;
 /// - normalizers NFC, NFD, NFKC, NFKD, Prepend, and Replace of a string;
 /// - pre-tokenizers Digits, Split, Metaspace and, last, ByteLevel; or none: the text is one word;
-/// - added tokens with all their options;
+/// - added tokens with all their options, numbered as `tokenizers` does it: those of the vocabulary
+///   by their id there, others behind it, whatever the file says (a notice on stderr tells);
 /// - post-processors ByteLevel and a template that puts tokens in front;
 /// - decoder ByteLevel, or in this order, each optional: Replace and Metaspace, ByteFallback, Fuse,
 ///   and Strip at the start.

@@ -3,12 +3,14 @@
 // errors.
 #include "tokenizer.hpp"
 
+#include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "added_tokens.hpp"
 #include "byte_pair.hpp"
 #include "regex.hpp"
 #include "support/catch.hpp"
@@ -183,6 +185,7 @@ TEST_CASE("ignore_merges takes whole words") {
 TEST_CASE("bytes without a token vanish or give the unknown token") {
   json document = small_document();
   document["model"]["vocab"].erase("d");
+  document["model"]["vocab"]["never"] = 'd';
   CHECK(from(document).encode("addb") == token_ids{256});
   document["model"]["unk_token"] = "z";
   CHECK(from(document).encode("addb") == token_ids{'a', 'z', 'z', 'b'});
@@ -233,6 +236,134 @@ TEST_CASE("added tokens in the text") {
     CHECK(from(document).encode("<e\u0301>") == token_ids{261});
     CHECK(from(document).encode("<\u00e9>") == token_ids{261});
   }
+}
+
+// As tokenizers 0.23 does it.
+TEST_CASE("ids of added tokens") {
+  json document = small_document();
+  const auto set = [&](int at, const char* content, int id) {
+    document["added_tokens"][static_cast<std::size_t>(at)].update(
+        {{"content", content}, {"id", id}});
+  };
+  const auto append = [&](const char* content, int id) {
+    json token = document["added_tokens"][1];
+    token.update({{"content", content}, {"id", id}});
+    document["added_tokens"].push_back(token);
+  };
+  SECTION("they follow the vocabulary in the order of the file, whatever the file says") {
+    set(0, "<s>", 400);
+    set(1, "<x>", 5);
+    append("<y>", 300);
+    CHECK(from(document).encode("<s><x><y>") == token_ids{261, 262, 263});
+    CHECK(from(document).vocab_size() == 264);
+  }
+  SECTION("the vocabulary has the last word about its tokens") {
+    set(0, "ab", 270);
+    CHECK(from(document).encode("abc<x>") == token_ids{256, 'c', 261});
+  }
+  SECTION("the empty token is ignored, and one of which normalisation leaves nothing") {
+    append("", 263);
+    append("<y>", 263);
+    CHECK(from(document).encode("<x><y>") == token_ids{262, 263});
+    document["normalizer"] = replace("<s>", "");
+    document["added_tokens"][0]["normalized"] = true;
+    CHECK(from(document).encode("a<s>b") == token_ids{256});
+  }
+  SECTION("of a token listed twice the later options count") {
+    append("<s>", 263);
+    append("<y>", 264);
+    document["added_tokens"][2]["lstrip"] = true;
+    CHECK(from(document).encode("b <s><y>") == token_ids{'b', 261, 263});
+    CHECK(!from(document).is_special(261));
+  }
+}
+
+/// Every added token tried at every place.
+token_ids split_slowly(const std::vector<std::string>& tokens, const std::string& text) {
+  token_ids ids;
+  for (std::size_t at = 0; at < text.size();) {
+    std::size_t best = tokens.size();
+    for (std::size_t i = 0; i < tokens.size(); ++i) {
+      const bool here = text.compare(at, tokens[i].size(), tokens[i]) == 0;
+      if (here && (best == tokens.size() || tokens[i].size() > tokens[best].size())) best = i;
+    }
+    ids.push_back(best < tokens.size() ? static_cast<int>(best) : -text[at]);
+    at += best < tokens.size() ? tokens[best].size() : 1;
+  }
+  return ids;
+}
+
+TEST_CASE("finding added tokens equals the slow definition") {
+  fuzz("random tokens and texts", 500, [](std::uint64_t seed) {
+    random_source random(seed);
+    const auto word = [&](std::int64_t longest) {
+      std::string w(static_cast<std::size_t>(random.integer(1, longest)), 'a');
+      for (char& c : w) c = random.pick<char>({'a', 'b', 'c'});
+      return w;
+    };
+    std::vector<std::string> tokens;
+    added_token_set set;
+    for (std::int64_t n = random.integer(0, 12); n > 0; --n) {
+      const std::string token = word(6);
+      if (std::find(tokens.begin(), tokens.end(), token) != tokens.end()) continue;
+      added_token added;
+      added.content = token;
+      added.id = static_cast<int>(tokens.size());
+      set.add(added);
+      tokens.push_back(token);
+    }
+    set.finish();
+    for (int i = 0; i < 10; ++i) {
+      const std::string text = word(60);
+      token_ids ids;
+      set.split(
+          text, true,
+          [&](std::string_view part) {
+            CHECK(!part.empty());
+            for (const char c : part) ids.push_back(-c);
+          },
+          [&](const added_token& t) { ids.push_back(t.id); });
+      CHECK(ids == split_slowly(tokens, text));
+    }
+  });
+}
+
+TEST_CASE("time to find added tokens does not depend on their number or length") {
+  json document = small_document();
+  for (int i = 0; i < 20000; ++i) {
+    document["added_tokens"].push_back({{"id", 263 + i},
+                                        {"content", "<<<<<<<<" + std::to_string(i)},
+                                        {"special", false}});
+  }
+  document["added_tokens"].push_back(
+      {{"id", 20263}, {"content", std::string(100000, '<') + "!"}, {"special", false}});
+  // 20000 comparisons, or a walk along the longest token, at each of them would take minutes.
+  const std::string text(1000000, '<');
+  CHECK(from(document).encode(text).size() == text.size());
+  CHECK(from(document).encode("a<<<<<<<<123") == token_ids{'a', 263 + 123});
+}
+
+TEST_CASE("what the steps make of a text is bounded") {
+  json steps = json::array();
+  for (int i = 0; i < 20; ++i) steps.push_back(replace("a", "aaaaaaaaaa"));
+  json document = small_document();
+  document["normalizer"] = {{"type", "Sequence"}, {"normalizers", steps}};
+  CHECK(throws_with(errc::unsupported, {"the steps of tokenizer.json make more than"},
+                    [&] { from(document).encode("ba"); }));
+  document["added_tokens"][0].update({{"content", "<a>"}, {"normalized", true}});
+  CHECK(throws_with(errc::unsupported, {"the steps of tokenizer.json make more than"},
+                    [&] { from(document); }));
+  document = sentencepiece_document();
+  document["decoder"] = {{"type", "Sequence"}, {"decoders", steps}};
+  CHECK(throws_with(errc::unsupported, {"the steps of tokenizer.json make more than"},
+                    [&] { from(document); }));
+  json many = json::array();
+  for (int i = 0; i < 65; ++i) many.push_back(replace("a", "b"));
+  document["decoder"]["decoders"] = many;
+  CHECK(throws_with(errc::unsupported, {"tiny: more than 64 decoders"}, [&] { from(document); }));
+  // Steps as published files have them stay far below.
+  document = sentencepiece_document();
+  CHECK(from(document).encode(std::string(100000, ' ')).size() == 50001);
 }
 
 TEST_CASE("ill-formed UTF-8 becomes U+FFFD, one for each maximal part") {
@@ -554,25 +685,36 @@ TEST_CASE("inconsistent files are errors that name the fault") {
   corrupt("/model/merges/0", "bc", "merge 0 is not two tokens");
   corrupt("/model/merges/0", "b c d", "merge 0 is not two tokens");
   corrupt("/model/merges/0", json::array({"b"}), "merge 0 is not two tokens");
-  corrupt("/model/merges", {{"a", 1}}, "merge 0");
+  corrupt("/model/merges/0", json::array({"b", 1}), "merge 0 is not two tokens");
+  corrupt("/model/merges", {{"a", 1}}, "model.merges is {\"a\":1}, but must be a list");
   corrupt("/model/vocab/ab", 257, "of another");
   corrupt("/model/vocab/ab", -1, "has id -1");
   corrupt("/model/vocab/ab", 2000000000, "has id 2000000000");
-  corrupt("/model/vocab/ab", "256", "type");
-  corrupt("/model/vocab", json::array({1, 2}), "vocab is not an object");
+  corrupt("/model/vocab/ab", "256", "model.vocab.ab is \"256\", but must be an integer");
+  corrupt("/model/vocab/<b>", 1.5, "model.vocab[\"<b>\"] is 1.5, but must be an integer");
+  corrupt("/model/vocab", json::array({1, 2}), "model.vocab is [1,2], but must be an object");
   corrupt("/model/unk_token", "<unk>", "unk_token names <unk>");
-  corrupt("/model", nullptr, "null");
-  corrupt("/added_tokens/0/content", "", "empty");
+  corrupt("/model", nullptr, "model is null, but must be an object");
+  corrupt("/added_tokens/0/special", "yes",
+          "added_tokens[0].special is \"yes\", but must be true or false");
+  corrupt("/added_tokens/1/id", nullptr, "added_tokens[1].id is null, but must be an integer");
+  corrupt("/added_tokens/1/id", -1, "added_tokens[1].id is -1, but must be an integer from 0");
+  corrupt("/added_tokens/1/id", 1LL << 32U, "added_tokens[1].id is 4294967296, but must be");
+  corrupt("/added_tokens/1", {{"id", 3}},
+          "added_tokens[1].content is missing, but must be a string");
+  corrupt("/added_tokens", 5, "added_tokens is 5, but must be a list");
+  corrupt("/normalizer", json::array(), "normalizer is [], but must be an object");
+  corrupt("/normalizer", {{"type", "Sequence"}}, "normalizer.normalizers is missing, but must be");
+  corrupt("/normalizer/type", 5, "normalizer.type is 5");
+  corrupt("/model/dropout", "none", "model.dropout is \"none\", but must be a number");
+  corrupt("/model/unk_token", json::array({std::string(300, 'x')}), "xxx..., but must be a string");
   corrupt("/pre_tokenizer", {{"type", "Metaspace"}}, "replacement");
   corrupt("/pre_tokenizer", {{"type", "Metaspace"}, {"replacement", "ab"}}, "not a character: ab");
   corrupt("/pre_tokenizer", metaspace("sometimes", true), "unknown prepend_scheme sometimes");
   corrupt("/pre_tokenizer",
           {{"type", "Metaspace"}, {"replacement", "▁"}, {"add_prefix_space", false}},
           "add_prefix_space is false, but prepend_scheme is always");
-  corrupt("/added_tokens/0/content", "<x>", "<x> is there twice");
-  corrupt("/added_tokens/0/content", "ab", "its id in the vocabulary is 256");
-  corrupt("/added_tokens/0/id", 5, "of another");
-  corrupt("/added_tokens/0", "<s>", "");
+  corrupt("/added_tokens/0", "<s>", "added_tokens[0] is \"<s>\", but must be an object");
   corrupt("/post_processor",
           {{"type", "TemplateProcessing"},
            {"single", json::array({json{{"SpecialToken", {{"id", "<s>"}}}}})},
@@ -586,10 +728,12 @@ TEST_CASE("inconsistent files are errors that name the fault") {
   };
   strip_corrupt("", 1, "the content is not a character");
   strip_corrupt(" ", -1, "start is -1");
-  json vanishing = small_document();
-  vanishing["normalizer"] = replace("<s>", "");
-  vanishing["added_tokens"][0]["normalized"] = true;
-  CHECK(throws_with(errc::corrupt_file, {"tiny: ", "empty"}, [&] { from(vanishing); }));
+  // 262 tokens, of which the last has the id that the next one would get.
+  json collision = small_document();
+  collision["model"]["vocab"].erase("aa");
+  collision["model"]["merges"].erase(3);
+  CHECK(throws_with(errc::corrupt_file, {"tiny: ", "token <s> has id 260 of another"},
+                    [&] { from(collision); }));
   CHECK(throws_with(errc::corrupt_file, {"tiny: "}, [] { tokenizer::from_json("[]", "tiny"); }));
   CHECK(throws_with(errc::io_error, {"/no/such/file"},
                     [] { tokenizer::from_file("/no/such/file"); }));
