@@ -4,6 +4,7 @@
 // weights per second (`w/s`), and a layer the error of its result relative to that of plain RTN
 // without weak columns (`E/E_rtn`).
 
+#include "qeft/core/host_buffer.hpp"
 #include "qeft/solver/hessian.hpp"
 #include "qeft/solver/quantize_layer.hpp"
 #include "support/main.hpp"

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "qeft/core/memory.hpp"
+#include "qeft/core/host_buffer.hpp"
 #include "qeft/core/on_host.hpp"
 #include "qeft/cpu/simd.hpp"
 

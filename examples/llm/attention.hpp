@@ -2,7 +2,7 @@
 // Causal attention over cached keys and values, in FP32.
 #pragma once
 
-#include "qeft/core/memory.hpp"
+#include "qeft/core/host_buffer.hpp"
 #include "qeft/core/on_host.hpp"
 
 namespace qeft_llm {

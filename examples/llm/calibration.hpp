@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "llama.hpp"
+#include "qeft/core/host_buffer.hpp"
 #include "qeft/core/on_host.hpp"
 #include "qeft/solver/hessian.hpp"
 #include "sample_store.hpp"

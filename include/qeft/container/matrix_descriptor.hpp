@@ -211,6 +211,7 @@ constexpr bool format_matches(const matrix_descriptor& d) noexcept {
          (Format::group_size == dynamic || Format::group_size == d.group_size);
 }
 
+inline namespace QEFT_TARGET {
 namespace detail {
 
 template <class Format>
@@ -243,6 +244,7 @@ void visit_format_in(const matrix_descriptor& d, Visitor&& visitor,
 }
 
 }  // namespace detail
+}  // namespace QEFT_TARGET
 
 /// Calls visitor(Format{}) for the first format of `Formats` that fits the descriptor; an error
 /// lists what is built in.

@@ -9,6 +9,7 @@
 
 #include "qeft/container/matrix_descriptor.hpp"
 #include "qeft/container/quantized_matrix_view.hpp"
+#include "qeft/core/host_buffer.hpp"
 #include "qeft/core/memory.hpp"
 
 namespace qeft {

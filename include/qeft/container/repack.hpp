@@ -8,6 +8,7 @@
 
 namespace qeft {
 
+inline namespace QEFT_TARGET {
 namespace detail {
 
 /// The planes of 32 consecutive dense codes of row n starting at column `first` (a multiple of 32),
@@ -51,6 +52,7 @@ void write_block(std::uint32_t* words, const layout::extent& e, index_t n, index
 }
 
 }  // namespace detail
+}  // namespace QEFT_TARGET
 
 /// The same layer in layout `To`: every read_code, read_params and weak_weight is unchanged.
 /// Rows are spread over the executor's threads in multiples of 32, so that no two threads write to

@@ -21,6 +21,22 @@
 #define QEFT_HOST_DEVICE QEFT_ALWAYS_INLINE
 #endif
 
+#if defined(__GNUC__) || defined(__clang__)
+// For what runs once in a thousand calls: kept out of the code around it.
+#define QEFT_COLD __attribute__((noinline, cold))
+// Everything called is inlined too, so that no function of the standard library's is compiled for
+// this unit's instruction set and then shared by all.
+#define QEFT_FLATTEN __attribute__((flatten))
+#else
+#define QEFT_COLD
+#define QEFT_FLATTEN
+#endif
+
+// A process may be copied without its threads.
+#if defined(__unix__) || defined(__APPLE__)
+#define QEFT_HAS_FORK 1
+#endif
+
 // Goes behind the parameters of a lambda: accumulators stay in registers only where every lambda of
 // an unrolled loop is inlined, which compilers do not do on their own.
 #if defined(__GNUC__) || defined(__clang__)
@@ -45,9 +61,11 @@
 
 // A linker keeps one of several equal inline functions, whatever flags each was compiled with. So
 // that a program may hold translation units with different -m flags, every function that is not
-// always inlined lives in `inline namespace QEFT_TARGET`, which names the instruction set. Types
-// that units hand to each other (views, descriptors, status, on_host ...) live outside it and have
-// nothing but always inlined members. Units that differ in other flags may define QEFT_TARGET.
+// always inlined lives in `inline namespace QEFT_TARGET`, which names the instruction set. It is
+// the outer one: `inline namespace QEFT_TARGET { namespace detail {`; a qeft::detail beside it
+// would be another namespace of the same name. Types that units hand to each other (views,
+// descriptors, status, on_host ...) live outside it and have nothing but always inlined members.
+// Units that differ in other flags may define QEFT_TARGET.
 #if !defined(QEFT_TARGET)
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 #define QEFT_TARGET target_avx512_vnni

@@ -26,6 +26,7 @@ QEFT_HOST_DEVICE constexpr bool operator!=(bf16_bits a, bf16_bits b) { return a.
 /// Run-time name of an element type.
 enum class scalar_kind : std::uint8_t { half, bf16 };
 
+inline namespace QEFT_TARGET {
 namespace detail {
 
 QEFT_HOST_DEVICE std::uint32_t float_to_bits(float x) noexcept {
@@ -41,6 +42,7 @@ QEFT_HOST_DEVICE float bits_to_float(std::uint32_t u) noexcept {
 }
 
 }  // namespace detail
+}  // namespace QEFT_TARGET
 
 /// Exact.
 QEFT_HOST_DEVICE float to_float(half_bits h) noexcept {

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory-space tags, a minimal span, and an aligned host buffer.
+// Memory-space tags and a minimal span.
 #pragma once
 
-#include <new>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include "qeft/core/config.hpp"
 
@@ -26,7 +24,8 @@ class span {
             class = std::enable_if_t<
                 std::is_convertible_v<decltype(std::declval<Container&>().data()), T*> &&
                 (std::is_lvalue_reference_v<Container> || std::is_const_v<T>)>>
-  constexpr span(Container&& c) noexcept : data_(c.data()), size_(static_cast<index_t>(c.size())) {}
+  QEFT_ALWAYS_INLINE constexpr span(Container&& c) noexcept
+      : data_(c.data()), size_(static_cast<index_t>(c.size())) {}
 
   QEFT_HOST_DEVICE constexpr T* data() const noexcept { return data_; }
   QEFT_HOST_DEVICE constexpr index_t size() const noexcept { return size_; }
@@ -39,30 +38,5 @@ class span {
   T* data_ = nullptr;
   index_t size_ = 0;
 };
-
-/// Allocates on cache-line boundaries, so that SIMD tiles never straddle lines.
-template <class T>
-struct aligned_allocator {
-  using value_type = T;
-  static constexpr std::size_t alignment = 64;
-
-  aligned_allocator() = default;
-  template <class U>
-  aligned_allocator(const aligned_allocator<U>&) noexcept {}
-
-  T* allocate(std::size_t n) {
-    if (n > static_cast<std::size_t>(-1) / sizeof(T)) throw std::bad_alloc();
-    return static_cast<T*>(::operator new (n * sizeof(T), std::align_val_t{alignment}));
-  }
-  void deallocate(T* p, std::size_t) noexcept {
-    ::operator delete (p, std::align_val_t{alignment});
-  }
-  friend bool operator==(const aligned_allocator&, const aligned_allocator&) { return true; }
-  friend bool operator!=(const aligned_allocator&, const aligned_allocator&) { return false; }
-};
-
-/// Owned host memory, zero-initialised, 64-byte aligned.
-template <class T>
-using host_buffer = std::vector<T, aligned_allocator<T>>;
 
 }  // namespace qeft

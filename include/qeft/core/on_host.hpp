@@ -6,33 +6,70 @@
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
-#include <functional>
-#include <memory>
 #include <mutex>
 #include <thread>
-#include <vector>
+#include <utility>
 
 #include "qeft/core/config.hpp"
 #include "qeft/core/math.hpp"
+#include "qeft/core/status.hpp"
+
+#if QEFT_HAS_FORK
+#include <pthread.h>
+#endif
 
 namespace qeft {
 
+/// The pool behind an on_host, as other units see it: its code is that of the unit which made it.
+class host_pool {
+ public:
+  /// Does all of a job; called with the same context by several threads at a time.
+  using job = void (*)(void* context);
+
+  virtual int size() const noexcept = 0;
+  /// Calls work(context) on every thread, the calling one included, waits for all of them, rethrows
+  /// the first exception and returns true. Returns false at once, having done nothing, while
+  /// another job runs, and in a child of the process that made the threads: to wait for a job could
+  /// be to wait for one's own caller.
+  virtual bool try_run(job work, void* context) = 0;
+  virtual void retain() noexcept = 0;
+  virtual void release() noexcept = 0;
+
+ protected:
+  ~host_pool() = default;
+};
+
+inline namespace QEFT_TARGET {
 namespace detail {
 
+/// Counts the forks between the first process and this one. Threads do not survive a fork.
+inline std::atomic<unsigned> fork_count{0};
+
+inline void watch_forks() {
+#if QEFT_HAS_FORK
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { fork_count.fetch_add(1); });
+  if (registered != 0) fail(errc::out_of_memory, "on_host: pthread_atfork has no memory left");
+#endif
+}
+
 /// `threads - 1` workers plus the calling thread; one job at a time.
-class thread_pool {
+class thread_pool final : public host_pool {
  public:
   explicit thread_pool(int threads) {
+    watch_forks();
+    forks_ = fork_count.load();
+    // Not a std::vector, whose functions all units would share.
+    workers_ = new std::thread[static_cast<std::size_t>(threads - 1)];
     try {
-      for (int i = 1; i < threads; ++i) {
-        workers_.emplace_back([this, i] { work(i); });
+      for (; started_ < threads - 1; ++started_) {
+        workers_[started_] = std::thread([this] { serve(); });
       }
     } catch (const std::exception& e) {
-      const std::size_t started = workers_.size() + 1;
+      const int possible = size();
       stop();
-      fail(errc::invalid_argument, "on_host: threads is " + std::to_string(threads) +
-                                       ", but the system gives no more than " +
-                                       std::to_string(started) + ": " + e.what());
+      fail(errc::invalid_argument,
+           text("on_host: threads is ", threads, ", but the system gives no more than ", possible,
+                ": ", e.what()));
     }
   }
 
@@ -41,15 +78,13 @@ class thread_pool {
 
   ~thread_pool() { stop(); }
 
-  int size() const noexcept { return static_cast<int>(workers_.size()) + 1; }
+  int size() const noexcept override { return started_ + 1; }
 
-  /// Runs job(0) .. job(size() - 1), job(0) on the calling thread, and waits for all of them. The
-  /// first exception is rethrown.
-  void run(const std::function<void(int)>& job) {
-    const std::lock_guard<std::mutex> one_job(run_mutex_);
-    job_ = &job;
-    failure_ = nullptr;
-    pending_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+  bool try_run(job work, void* context) override {
+    if (forked() || busy_.exchange(true, std::memory_order_acquire)) return false;
+    work_ = work;
+    context_ = context;
+    pending_.store(started_, std::memory_order_relaxed);
     generation_.fetch_add(1);
     if (sleepers_.load() > 0) {
       // The empty critical section keeps a worker from missing the call between its check and its
@@ -57,9 +92,28 @@ class thread_pool {
       { const std::lock_guard<std::mutex> lock(mutex_); }
       wake_.notify_all();
     }
-    call(0);
-    while (pending_.load(std::memory_order_acquire) != 0) std::this_thread::yield();
-    if (failure_) std::rethrow_exception(failure_);
+    call();
+    while (pending_.load(std::memory_order_acquire) != 0) {
+      if (forked()) {
+        fail(errc::unsupported,
+             "on_host: this process was forked inside parallel_for; the other threads' ranges are "
+             "done in the parent only");
+      }
+      std::this_thread::yield();
+    }
+    const std::exception_ptr failure = std::exchange(failure_, nullptr);
+    busy_.store(false, std::memory_order_release);
+    if (failure) std::rethrow_exception(failure);
+    return true;
+  }
+
+  void retain() noexcept override { owners_.fetch_add(1, std::memory_order_relaxed); }
+
+  void release() noexcept override {
+    if (owners_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    // In a child there is nothing to join, and mutex and condition are left as the parent's threads
+    // held them: the memory is all there is, and it stays.
+    if (!forked()) delete this;
   }
 
  private:
@@ -67,25 +121,28 @@ class thread_pool {
   // before sleeping saves two system calls per layer.
   static constexpr int looks_before_sleep = 20000;
 
+  bool forked() const noexcept { return fork_count.load(std::memory_order_relaxed) != forks_; }
+
   void stop() {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       stop_.store(true);
     }
     wake_.notify_all();
-    for (auto& worker : workers_) worker.join();
+    for (int i = 0; i < started_; ++i) workers_[i].join();
+    delete[] workers_;
   }
 
-  void call(int index) {
+  void call() {
     try {
-      (*job_)(index);
+      work_(context_);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (!failure_) failure_ = std::current_exception();
     }
   }
 
-  void work(int index) {
+  void serve() {
     std::uint64_t seen = 0;
     const auto called = [&] { return stop_.load() || generation_.load() != seen; };
     for (;;) {
@@ -99,73 +156,128 @@ class thread_pool {
       }
       if (stop_.load()) return;
       seen = generation_.load();
-      call(index);
+      call();
       pending_.fetch_sub(1, std::memory_order_release);
     }
   }
 
-  std::vector<std::thread> workers_;
-  std::mutex run_mutex_;
+  std::thread* workers_ = nullptr;
+  int started_ = 0;
+  unsigned forks_ = 0;
   std::mutex mutex_;
   std::condition_variable wake_;
+  std::atomic<int> owners_{1};
+  std::atomic<bool> busy_{false};
   std::atomic<std::uint64_t> generation_{0};
   std::atomic<int> pending_{0};
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
-  const std::function<void(int)>* job_ = nullptr;
+  job work_ = nullptr;
+  void* context_ = nullptr;
   std::exception_ptr failure_;
 };
 
-}  // namespace detail
+/// @param threads as on_host
+inline host_pool* make_pool(int threads) {
+  if (threads < 0) {
+    fail(errc::invalid_argument,
+         text("on_host: threads is ", threads, ", but must not be negative"));
+  }
+  if (threads == 0) {
+    const unsigned hardware = std::thread::hardware_concurrency();
+    threads = hardware == 0 ? 1 : static_cast<int>(hardware);
+  }
+  return new thread_pool(threads);
+}
 
-/// Executor for host code. Copies share one pool; calls from several threads take turns. Results of
-/// library functions never depend on `threads`.
+/// Keeps the pool while a job runs, which may destroy the executor that started it.
+class pool_owner {
+ public:
+  explicit pool_owner(host_pool* pool) noexcept : pool_(pool) { pool_->retain(); }
+  pool_owner(const pool_owner&) = delete;
+  pool_owner& operator=(const pool_owner&) = delete;
+  ~pool_owner() { pool_->release(); }
+
+ private:
+  host_pool* pool_;
+};
+
+template <class Body>
+void parallel_for(host_pool* pool, index_t count, index_t grain, const Body& body) {
+  if (count <= 0) return;
+  if (grain < 1) {
+    fail(errc::invalid_argument,
+         text("parallel_for: grain is ", grain, ", but must be at least 1"));
+  }
+  const index_t pieces = ceil_div(count, grain);
+  const index_t workers = pieces < pool->size() ? pieces : static_cast<index_t>(pool->size());
+  if (workers <= 1) {
+    body(index_t{0}, count);
+    return;
+  }
+  struct state {
+    const Body& body;
+    const index_t count;
+    // Four ranges per thread even out unequal speeds at little cost.
+    const index_t step;
+    std::atomic<index_t> next;
+
+    bool one_range() {
+      const index_t begin = next.fetch_add(step, std::memory_order_relaxed);
+      if (begin >= count) return false;
+      body(begin, count - begin > step ? begin + step : count);
+      return true;
+    }
+  } s{body, count, ceil_div(pieces, workers * 4) * grain, {0}};
+  const pool_owner keep(pool);
+  const auto all_ranges = [](void* context) {
+    while (static_cast<state*>(context)->one_range()) {
+    }
+  };
+  // Until the pool is free, this thread works alone.
+  while (!pool->try_run(all_ranges, &s)) {
+    if (!s.one_range()) return;
+  }
+}
+
+}  // namespace detail
+}  // namespace QEFT_TARGET
+
+/// Executor for host code. Copies share one pool, and moving copies: what was moved from can be
+/// used and destroyed like any other. Results of library functions never depend on `threads`.
+///
+/// May be used from any thread and anywhere: several callers at a time, inside parallel_for of the
+/// same or another executor, and in a child process after fork. Whoever finds the pool busy, or the
+/// threads left behind in the parent, works alone on the calling thread until it is free.
 class on_host {
  public:
-  /// @param threads number of threads including the caller; 0 means one per hardware thread. More
-  ///                than the system gives is an error.
-  explicit on_host(int threads = 1)
-      : pool_(std::make_shared<detail::thread_pool>(resolve(threads))) {}
+  /// @param threads number of threads including the caller; 0 means one per hardware thread.
+  ///                Negative, or more than the system gives, throws qeft::error.
+  QEFT_ALWAYS_INLINE explicit on_host(int threads = 1) : pool_(detail::make_pool(threads)) {}
+  QEFT_ALWAYS_INLINE on_host(const on_host& other) noexcept : pool_(other.pool_) {
+    pool_->retain();
+  }
+  QEFT_ALWAYS_INLINE on_host& operator=(const on_host& other) noexcept {
+    other.pool_->retain();
+    pool_->release();
+    pool_ = other.pool_;
+    return *this;
+  }
+  QEFT_ALWAYS_INLINE ~on_host() { pool_->release(); }
 
-  int threads() const noexcept { return pool_->size(); }
+  QEFT_ALWAYS_INLINE int threads() const noexcept { return pool_->size(); }
 
   /// Calls body(begin, end) on disjoint ranges that cover [0, count), each a multiple of `grain`
-  /// but the last. @pre grain >= 1. Blocks until done; the first exception is rethrown. Ranges are
-  /// handed out as threads become free, so `body` must give the same result for any partition. Not
-  /// reentrant: `body` must not call parallel_for of the same executor.
+  /// but the last. Throws qeft::error when grain < 1. Blocks until done; the first exception is
+  /// rethrown. Ranges are handed out as threads become free, so `body` must give the same result
+  /// for any partition.
   template <class Body>
-  void parallel_for(index_t count, index_t grain, const Body& body) const {
-    if (count <= 0) return;
-    const index_t pieces = ceil_div(count, grain);
-    const index_t workers = pieces < threads() ? pieces : static_cast<index_t>(threads());
-    if (workers <= 1) {
-      body(index_t{0}, count);
-      return;
-    }
-    // Four ranges per thread even out unequal speeds at little cost.
-    const index_t step = ceil_div(pieces, workers * 4) * grain;
-    std::atomic<index_t> next{0};
-    pool_->run([&](int) {
-      for (;;) {
-        const index_t begin = next.fetch_add(step, std::memory_order_relaxed);
-        if (begin >= count) return;
-        body(begin, begin + step < count ? begin + step : count);
-      }
-    });
+  QEFT_ALWAYS_INLINE void parallel_for(index_t count, index_t grain, const Body& body) const {
+    detail::parallel_for(pool_, count, grain, body);
   }
 
  private:
-  static int resolve(int threads) {
-    if (threads < 0) {
-      fail(errc::invalid_argument,
-           "on_host: threads is " + std::to_string(threads) + ", but must not be negative");
-    }
-    if (threads > 0) return threads;
-    const unsigned hardware = std::thread::hardware_concurrency();
-    return hardware == 0 ? 1 : static_cast<int>(hardware);
-  }
-
-  std::shared_ptr<detail::thread_pool> pool_;
+  host_pool* pool_;
 };
 
 }  // namespace qeft

@@ -5,6 +5,7 @@
 
 #include <limits>
 
+#include "qeft/core/host_buffer.hpp"
 #include "qeft/core/on_host.hpp"
 #include "qeft/cpu/int8_dot.hpp"
 #include "qeft/thread/activation_index.hpp"

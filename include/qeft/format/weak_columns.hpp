@@ -18,6 +18,7 @@ struct column_location {
   index_t index;  // i among the dense columns, or j among the weak ones
 };
 
+inline namespace QEFT_TARGET {
 namespace detail {
 
 /// A number of weak columns that is known at compile time, or stored.
@@ -33,6 +34,7 @@ struct weak_count<dynamic> {
 };
 
 }  // namespace detail
+}  // namespace QEFT_TARGET
 
 /// No weak columns.
 struct weak_none : detail::weak_count<0> {

@@ -6,11 +6,13 @@
 #include <utility>
 #include <vector>
 
+#include "qeft/core/checked_product.hpp"
 #include "qeft/core/math.hpp"
 #include "qeft/core/memory.hpp"
 
 namespace qeft {
 
+inline namespace QEFT_TARGET {
 namespace detail {
 
 /// Indices are 32 bits.
@@ -21,6 +23,7 @@ inline void check_size(const char* function, index_t size) {
 }
 
 }  // namespace detail
+}  // namespace QEFT_TARGET
 
 /// A bijection of [0, size). Applying it to a vector x gives y with y[i] = x[source(i)].
 class permutation {

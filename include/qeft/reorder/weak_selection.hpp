@@ -32,6 +32,7 @@ inline std::vector<double> hessian_perturbation(span<const double> hessian_diago
   return s;
 }
 
+inline namespace QEFT_TARGET {
 namespace detail {
 
 inline void check_sensitivity(span<const double> s, index_t k, const char* function) {
@@ -49,6 +50,7 @@ inline void check_sensitivity(span<const double> s, index_t k, const char* funct
 }
 
 }  // namespace detail
+}  // namespace QEFT_TARGET
 
 /// The k columns of greatest sensitivity, in ascending order of column; among equals the lower
 /// column wins, so the choice is reproducible.

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "qeft/core/host_buffer.hpp"
 #include "qeft/reorder/permutation.hpp"
 #include "qeft/solver/matrix_ops.hpp"
 

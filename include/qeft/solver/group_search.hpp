@@ -11,6 +11,7 @@
 #include "qeft/core/half.hpp"
 #include "qeft/core/math.hpp"
 #include "qeft/core/memory.hpp"
+#include "qeft/core/status.hpp"
 #include "qeft/format/quant_format.hpp"
 
 namespace qeft::solver {

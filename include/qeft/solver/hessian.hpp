@@ -4,6 +4,8 @@
 
 #include <vector>
 
+#include "qeft/core/checked_product.hpp"
+#include "qeft/core/host_buffer.hpp"
 #include "qeft/solver/matrix_ops.hpp"
 
 namespace qeft::solver {

@@ -6,6 +6,7 @@
 
 #include "qeft/container/pack.hpp"
 #include "qeft/container/quantized_matrix.hpp"
+#include "qeft/core/host_buffer.hpp"
 #include "qeft/solver/group_search.hpp"
 #include "qeft/solver/matrix_ops.hpp"
 

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <vector>
 
+#include "qeft/core/host_buffer.hpp"
 #include "qeft/core/on_host.hpp"
 #include "qeft/solver/layer.hpp"
 

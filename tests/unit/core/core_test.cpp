@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "qeft/core/checked_product.hpp"
+#include "qeft/core/host_buffer.hpp"
 #include "qeft/core/math.hpp"
 #include "qeft/core/memory.hpp"
 #include "qeft/core/status.hpp"
@@ -77,6 +79,18 @@ TEST_CASE("status and error carry the same code and text") {
   CHECK(throws_with(qeft::errc::unsupported, {"the reason"}, [&] { bad.throw_if_error(); }));
   CHECK(throws_with(qeft::errc::io_error, {"no disk"},
                     [] { qeft::fail(qeft::errc::io_error, "no disk"); }));
+}
+
+TEST_CASE("text joins strings and numbers") {
+  CHECK(qeft::text() == "");
+  CHECK(qeft::text("rows is ", -3, ", not ", std::size_t{4}, std::string(" or "), 'x') ==
+        "rows is -3, not 4 or x");
+  CHECK(qeft::text(0.5F, ' ', -1e-30, ' ', std::numeric_limits<double>::infinity()) ==
+        "0.5 -1e-30 inf");
+  CHECK(qeft::text(std::numeric_limits<std::int64_t>::min(), ' ',
+                   std::numeric_limits<std::uint64_t>::max()) ==
+        "-9223372036854775808 18446744073709551615");
+  CHECK(qeft::text(std::uint8_t{200}, std::int8_t{-100}, true) == "200-1001");
 }
 
 TEST_CASE("the build knows the library's version") {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The streamed Hessian against its definition in double.
+#include "qeft/core/host_buffer.hpp"
 #include "qeft/solver/hessian.hpp"
 
 #include <cmath>
