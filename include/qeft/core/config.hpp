@@ -2,6 +2,21 @@
 // The only file that looks at compiler macros (and io/platform.hpp, at those of the system).
 #pragma once
 
+// What would give wrong results without a word is refused here.
+#if (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ != 0) || defined(__FAST_MATH__) || \
+    defined(__ASSOCIATIVE_MATH__)
+#error \
+    "qeft: compile without -ffast-math, -Ofast, -ffinite-math-only and -fassociative-math \
+(-funsafe-math-optimizations): they remove the checks for NaN and change how values are rounded. \
+Units without them may be linked with units that have them. nvcc's -use_fast_math is fine."
+#endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "qeft: only little-endian machines are supported: packed words are read by the byte"
+#endif
+#if (defined(__SIZEOF_SIZE_T__) && __SIZEOF_SIZE_T__ < 8) || (defined(_WIN32) && !defined(_WIN64))
+#error "qeft: only 64-bit machines are supported: sizes of layers do not fit std::size_t here"
+#endif
+
 #include <cstddef>
 #include <cstdint>
 
@@ -35,6 +50,16 @@
 // A process may be copied without its threads.
 #if defined(__unix__) || defined(__APPLE__)
 #define QEFT_HAS_FORK 1
+#endif
+
+// Views and kernels need no exceptions; owners, solvers and readers do.
+#if defined(__cpp_exceptions) || defined(_CPPUNWIND)
+#define QEFT_HAS_EXCEPTIONS 1
+#endif
+
+// The pass that generates code for a GPU.
+#if defined(__CUDA_ARCH__)
+#define QEFT_DEVICE_CODE 1
 #endif
 
 // Goes behind the parameters of a lambda: accumulators stay in registers only where every lambda of

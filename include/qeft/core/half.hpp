@@ -44,16 +44,26 @@ QEFT_HOST_DEVICE float bits_to_float(std::uint32_t u) noexcept {
 }  // namespace detail
 }  // namespace QEFT_TARGET
 
-/// Exact.
+/// Exact, also where the processor or the compiler flushes subnormal floats to zero.
 QEFT_HOST_DEVICE float to_float(half_bits h) noexcept {
-  const std::uint32_t sign = static_cast<std::uint32_t>(h.bits & 0x8000U) << 16U;
+#if QEFT_DEVICE_CODE
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h.bits));
+  return x;
+#else
+  const std::uint32_t sign = (h.bits & 0x8000U) << 16U;
   const std::uint32_t magnitude = h.bits & 0x7fffU;
   if (magnitude >= 0x7c00U) {  // infinity, NaN: the exponent becomes all ones
     return detail::bits_to_float(sign | 0x7f800000U | ((magnitude & 0x3ffU) << 13U));
   }
-  // The exponent is off by 127 - 15; the multiplication corrects it and normalises subnormals.
-  const float scaled = detail::bits_to_float(magnitude << 13U) * detail::bits_to_float(0x77800000U);
-  return detail::bits_to_float(sign | detail::float_to_bits(scaled));
+  if (magnitude >= 0x400U) {  // the exponent is off by 127 - 15
+    return detail::bits_to_float(sign | ((magnitude << 13U) + (112U << 23U)));
+  }
+  // Subnormal: magnitude * 2^-24, from an integer, so that no float is subnormal.
+  const float value =
+      static_cast<float>(static_cast<std::int32_t>(magnitude)) * detail::bits_to_float(0x33800000U);
+  return detail::bits_to_float(sign | detail::float_to_bits(value));
+#endif
 }
 
 /// Exact.
@@ -75,19 +85,30 @@ QEFT_HOST_DEVICE float from_float<float>(float x) noexcept {
 
 template <>
 QEFT_HOST_DEVICE half_bits from_float<half_bits>(float x) noexcept {
+#if QEFT_DEVICE_CODE
+  half_bits h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(x));
+  return h;
+#else
   const std::uint32_t u = detail::float_to_bits(x);
   const std::uint32_t sign = (u >> 16U) & 0x8000U;
   std::uint32_t a = u & 0x7fffffffU;
   if (a > 0x7f800000U) return {static_cast<std::uint16_t>(sign | 0x7e00U)};
   if (a >= 0x47800000U) return {static_cast<std::uint16_t>(sign | 0x7c00U)};  // >= 65536
   if (a < 0x38800000U) {
-    // Below 2^-14 the result is subnormal: adding 0.5 leaves the rounded mantissa in the low bits,
-    // because one unit in the last place of numbers near 0.5 is 2^-24, that of a subnormal half.
-    const float shifted = detail::bits_to_float(a) + 0.5F;
-    return {static_cast<std::uint16_t>(sign | (detail::float_to_bits(shifted) - 0x3f000000U))};
+    // Below 2^-14 the result is subnormal, in units of 2^-24: what is shifted out is rounded off.
+    if (a < 0x33000000U) return {static_cast<std::uint16_t>(sign)};  // less than half a unit
+    const std::uint32_t mantissa = (a & 0x7fffffU) | 0x800000U;
+    const std::uint32_t shift = 126U - (a >> 23U);  // 14 to 24
+    const std::uint32_t quotient = mantissa >> shift;
+    const std::uint32_t half = 1U << (shift - 1U);
+    const std::uint32_t rest = mantissa & (2U * half - 1U);
+    const bool up = rest > half || (rest == half && (quotient & 1U) != 0);
+    return {static_cast<std::uint16_t>(sign | (quotient + (up ? 1U : 0U)))};
   }
   a += 0xfffU + ((a >> 13U) & 1U);  // round to nearest even at bit 13
   return {static_cast<std::uint16_t>(sign | ((a >> 13U) - (112U << 10U)))};
+#endif
 }
 
 template <>

@@ -16,6 +16,12 @@
 #include "qeft/core/config.hpp"
 #include "qeft/core/text.hpp"
 
+#if !QEFT_HAS_EXCEPTIONS
+#error \
+    "qeft: this header throws; with -fno-exceptions include only views and kernels, such as \
+qeft/container/quantized_matrix_view.hpp"
+#endif
+
 namespace qeft {
 
 enum class errc {

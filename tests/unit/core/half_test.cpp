@@ -4,6 +4,11 @@
 
 #include <cmath>
 #include <limits>
+#include <vector>
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #include "support/catch.hpp"
 
@@ -97,12 +102,50 @@ void check_round_trip_and_ties() {
 template <class T>
 void check_all_floats() {
   int mismatches = 0;
+  for (std::uint32_t field = 90; field < 114; ++field) {  // around the subnormal halves
+    for (std::uint32_t bit = 0; bit < 24; ++bit) {
+      for (const std::uint32_t offset : {0xffffffffU, 0U, 1U}) {
+        const float x = qeft::detail::bits_to_float((field << 23U) + (1U << bit) + offset);
+        mismatches += converts_as_defined<T>(x) ? 0 : 1;
+      }
+    }
+  }
   constexpr std::uint32_t stride = 1009;  // prime: visits every exponent and many mantissas
   for (std::uint64_t u = 0; u <= 0xffffffffU; u += stride) {
     const float x = qeft::detail::bits_to_float(static_cast<std::uint32_t>(u));
     mismatches += converts_as_defined<T>(x) ? 0 : 1;
   }
   CHECK(mismatches == 0);
+}
+
+/// The bits of every conversion to float, and of the conversions from every float that lies beside
+/// or between two halves.
+std::vector<std::uint32_t> all_conversions() {
+  std::vector<std::uint32_t> bits;
+  for (std::uint32_t h = 0; h < 0x10000U; ++h) {
+    const auto b = static_cast<std::uint16_t>(h);
+    bits.push_back(qeft::detail::float_to_bits(qeft::to_float(half_bits{b})));
+    bits.push_back(qeft::detail::float_to_bits(qeft::to_float(bf16_bits{b})));
+  }
+  for (std::uint32_t u = 0; u < 0xfffff000U; u += 0x1000U) {  // half of a half's last place
+    for (const std::uint32_t offset : {0U, 1U, 0xfffU}) {
+      bits.push_back(qeft::from_float<half_bits>(qeft::detail::bits_to_float(u + offset)).bits);
+    }
+  }
+  for (std::uint32_t field = 90; field < 114; ++field) {  // around the subnormal halves
+    for (std::uint32_t bit = 0; bit < 24; ++bit) {
+      for (const std::uint32_t offset : {0xffffffffU, 0U, 1U}) {
+        const std::uint32_t u = (field << 23U) + (1U << bit) + offset;
+        bits.push_back(qeft::from_float<half_bits>(qeft::detail::bits_to_float(u)).bits);
+      }
+    }
+  }
+  for (std::uint32_t u = 0; u < 0xffff0000U; u += 0x8000U) {
+    for (const std::uint32_t offset : {0U, 1U, 0x7fffU}) {
+      bits.push_back(qeft::from_float<bf16_bits>(qeft::detail::bits_to_float(u + offset)).bits);
+    }
+  }
+  return bits;
 }
 
 }  // namespace
@@ -145,3 +188,19 @@ TEST_CASE("halves compare by bits") {
   CHECK(bf16_bits{3} == bf16_bits{3});
   CHECK(bf16_bits{3} != bf16_bits{4});
 }
+
+#if defined(__SSE__)
+
+TEST_CASE("conversions do not depend on the treatment of subnormal floats") {
+  const auto expected = all_conversions();
+  const unsigned mode = _mm_getcsr();
+  _mm_setcsr(mode | 0x8040U);  // flush to zero, denormals are zero
+  volatile float smallest = 0x1p-149F;
+  const bool flushes = smallest * 0x1p+20F == 0.0F;
+  const auto flushed = all_conversions();
+  _mm_setcsr(mode);
+  CHECK(flushes);
+  CHECK((flushed == expected));
+}
+
+#endif
