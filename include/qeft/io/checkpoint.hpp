@@ -16,6 +16,7 @@
 #include "qeft/reorder/permutation.hpp"
 
 namespace qeft::io {
+inline namespace QEFT_TARGET {
 
 /// A quantised layer as stored, and which input columns of the original model its weak columns are.
 /// The two differ in a reordered layer, whose weak columns sit at the tail of the matrix.
@@ -241,4 +242,5 @@ inline permutation read_permutation(const safetensors_reader& reader, const std:
   }
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::io

@@ -11,6 +11,7 @@
 #include "qeft/io/tensor.hpp"
 
 namespace qeft::io {
+inline namespace QEFT_TARGET {
 
 /// 64-bit hash of a stream of bytes, taken as little-endian 64-bit words, the last one padded with
 /// zeros, followed by the length: h = (h xor word) * 0x9E3779B97F4A7C15; h = h xor (h >> 32). Each
@@ -77,4 +78,5 @@ inline std::string to_hex(std::uint64_t value) {
   return text;
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::io

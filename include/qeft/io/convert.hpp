@@ -12,6 +12,7 @@
 #include "qeft/io/tensor.hpp"
 
 namespace qeft::io {
+inline namespace QEFT_TARGET {
 
 namespace detail {
 
@@ -134,4 +135,5 @@ inline std::vector<std::byte> to_bytes(dtype type, span<const float> values,
   return out;
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::io

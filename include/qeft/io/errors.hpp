@@ -10,6 +10,7 @@
 #include "qeft/core/status.hpp"
 
 namespace qeft::io {
+inline namespace QEFT_TARGET {
 
 /// Throws errc::io_error "<action> <path>: <text of `code`>"; `code` is an errno value.
 [[noreturn]] inline void fail_io(const std::string& action, const std::filesystem::path& path,
@@ -22,4 +23,5 @@ namespace qeft::io {
   fail(errc::corrupt_file, where + ": " + rule);
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::io

@@ -13,6 +13,7 @@
 #include "qeft/io/mapped_file.hpp"
 
 namespace qeft::io {
+inline namespace QEFT_TARGET {
 
 /// Parses UTF-8 text; throws errc::corrupt_file, with `where` in front, for anything but one JSON
 /// value in which no object names a key twice and nothing is nested deeper than 64 (printing and
@@ -49,4 +50,5 @@ inline nlohmann::json load_json(const std::filesystem::path& path) {
   return parsed;
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::io

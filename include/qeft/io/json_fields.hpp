@@ -11,6 +11,7 @@
 #include "qeft/io/errors.hpp"
 
 namespace qeft::io {
+inline namespace QEFT_TARGET {
 
 /// A borrowed JSON object. A key whose value is null counts as absent.
 class json_fields {
@@ -88,4 +89,5 @@ class json_fields {
   std::string where_;
 };
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::io

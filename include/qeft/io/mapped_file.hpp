@@ -20,6 +20,7 @@
 #endif
 
 namespace qeft::io {
+inline namespace QEFT_TARGET {
 
 /// Owns the mapping; movable, and moving keeps the bytes where they are. A file that is replaced by
 /// rename (see atomic_file) stays readable here; one that is shortened in place does not.
@@ -87,4 +88,5 @@ class mapped_file {
   std::vector<std::byte> buffer_;  // of the fallback
 };
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::io

@@ -12,6 +12,7 @@
 #include "qeft/io/json_fields.hpp"
 
 namespace qeft::io {
+inline namespace QEFT_TARGET {
 
 /// The JSON holds `quant_method` "qeft", `format_version`, the default format, and for each linear
 /// its shape and what differs from the default:
@@ -133,4 +134,5 @@ inline quantization_config quantization_config_from_json(const nlohmann::json& j
   return config;
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::io

@@ -17,6 +17,7 @@
 #include "qeft/io/tensor.hpp"
 
 namespace qeft::io {
+inline namespace QEFT_TARGET {
 
 /// Longest header the format allows.
 inline constexpr index_t max_safetensors_header = 100'000'000;
@@ -291,4 +292,5 @@ class safetensors_reader {
   std::map<std::string, const tensor_view*, std::less<>> tensors_;
 };
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::io

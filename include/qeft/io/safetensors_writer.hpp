@@ -21,6 +21,7 @@
 #include "qeft/io/tensor.hpp"
 
 namespace qeft::io {
+inline namespace QEFT_TARGET {
 
 /// Collects descriptions of tensors, then writes them. Equal input gives equal files: inside a file
 /// the tensors are ordered by falling element size (so that each is aligned), then by name.
@@ -222,4 +223,5 @@ class safetensors_writer {
   std::unordered_set<std::string> names_;
 };
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::io

@@ -13,6 +13,7 @@
 #include "qeft/core/memory.hpp"
 
 namespace qeft::io {
+inline namespace QEFT_TARGET {
 
 /// Element types of the safetensors format, as far as they are whole bytes.
 enum class dtype : std::uint8_t {
@@ -102,4 +103,5 @@ struct tensor_view {
   index_t elements() const noexcept { return data.size() / size_of(type); }
 };
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::io
