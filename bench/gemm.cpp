@@ -19,15 +19,16 @@ double flops_of(const shape& s, index_t tokens) {
 
 template <class Activation>
 void gemm(benchmark::State& state, const machine& m, const shape& s, int bits, index_t tokens,
-          Activation activation, double tolerance) {
+          Activation, double tolerance) {
   const auto d = describe(s, bits, 128, 16);
   const qeft::quantized_matrix<> w = random_matrix(d);
   const auto layer = qeft::repack<simd_tile>(m.exec, w);
   const auto x = random_floats(tokens * s.in_channels);
   std::vector<float> y(static_cast<std::size_t>(tokens * s.out_channels));
+  const qeft::cpu::executor<Activation> exec(m.exec);
   rate measured(state);
   for (auto _ : state) {
-    qeft::gemm(m.exec, layer, x.data(), tokens, y.data(), activation).throw_if_error();
+    qeft::gemm(exec, layer, x.data(), tokens, y.data()).throw_if_error();
   }
   measured.flops(m, flops_of(s, tokens));
   measured.bytes(m, qeft::storage_of<simd_tile>(d).total());  // of the layer, read once

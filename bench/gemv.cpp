@@ -14,15 +14,16 @@ using qeft::layout::simd_tile;
 
 template <class Activation>
 void gemv(benchmark::State& state, const machine& m, const qeft::matrix_descriptor& d,
-          Activation activation, double tolerance) {
+          Activation, double tolerance) {
   const qeft::quantized_matrix<> w = random_matrix(d);
   const auto x = random_floats(d.in_channels);
   std::vector<float> y(static_cast<std::size_t>(d.out_channels));
   const index_t bytes = qeft::storage_of<simd_tile>(d).total();
   rotation layers(qeft::repack<simd_tile>(m.exec, w), bytes);
+  const qeft::cpu::executor<Activation> exec(m.exec);
   rate measured(state);
   for (auto _ : state) {
-    qeft::gemv(m.exec, layers.next(), x.data(), y.data(), activation).throw_if_error();
+    qeft::gemv(exec, layers.next(), x.data(), y.data()).throw_if_error();
   }
   measured.bytes(m, bytes);
   if (!(worst_error(w, x.data(), y.data()) < tolerance)) throw std::runtime_error("wrong result");

@@ -133,11 +133,10 @@ void linear::replace_weight(const qeft::on_host& exec, const packed_matrix& weig
 }
 
 void linear::forward(const qeft::on_host& exec, const float* x, index_t tokens, float* y) const {
-  qeft::gemm(exec, weight_, x, tokens, y).throw_if_error();
-  const auto oc = static_cast<std::size_t>(out_channels());
-  for (index_t t = 0; t < tokens && !bias_.empty(); ++t) {
-    for (std::size_t n = 0; n < oc; ++n) y[static_cast<std::size_t>(t) * oc + n] += bias_[n];
-  }
+  const qeft::status s =
+      bias_.empty() ? qeft::gemm(exec, weight_, x, tokens, y)
+                    : qeft::gemm(exec, weight_, x, tokens, y, qeft::epilogue::bias{bias_.data()});
+  s.throw_if_error();
 }
 
 void linear::read_row(index_t n, float* row) const {

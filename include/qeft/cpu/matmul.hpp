@@ -3,148 +3,237 @@
 // number.
 #pragma once
 
-#include "qeft/container/quantized_matrix.hpp"
+#include "qeft/cpu/executor.hpp"
 #include "qeft/cpu/tile_product.hpp"
 #include "qeft/thread/dot.hpp"
 #include "qeft/thread/group.hpp"
 
 namespace qeft {
+inline namespace QEFT_TARGET {
 
 namespace cpu::detail {
-
-/// The stored bytes of every weak policy are those of weak_tail.
-template <class F, class W>
-quantized_matrix_view<F, weak_tail<>, layout::simd_tile> as_tail(
-    const quantized_matrix_view<F, W, layout::simd_tile>& w) {
-  return {w.out_channels, w.in_channels, w.run_time_group, {{w.weak_columns()}},
-          w.codes,        w.scales,      w.zeros,          w.weak_values};
-}
 
 template <class T>
 inline constexpr bool is_activation_scalar_v =
     std::is_same_v<T, float> || std::is_same_v<T, half_bits> || std::is_same_v<T, bf16_bits>;
 
+QEFT_COLD inline status refuse(const std::string& reason) {
+  return {errc::invalid_argument, reason};
+}
+
 inline status check_operands(index_t tokens, const void* x, const void* y) {
   if (tokens < 0) {
-    return {errc::invalid_argument,
-            "gemm: tokens is " + std::to_string(tokens) + ", but must not be negative"};
+    return refuse(text("gemm: tokens is ", tokens, ", but must not be negative"));
   }
   if (tokens > 0 && (x == nullptr || y == nullptr)) {
-    return {errc::invalid_argument, std::string("gemm: ") + (x == nullptr ? "x" : "y") +
-                                        " is null, but there are " + std::to_string(tokens) +
-                                        " tokens"};
+    return refuse(
+        text("gemm: ", x == nullptr ? "x" : "y", " is null, but there are ", tokens, " tokens"));
   }
   return {};
 }
 
+/// What body() returns; what it throws, as a status.
+template <class Body>
+status as_status(const Body& body) {
+  try {
+    body();
+    return {};
+  } catch (const error& e) {
+    return {e.code(), e.what()};
+  } catch (const std::bad_alloc&) {
+    return {errc::out_of_memory, "gemm: no memory for the packed activations"};
+  }
+}
+
+/// For every layout but simd_tile.
+template <class View, class X, class Y, class Epilogue>
+void multiply_by_definition(const on_host& exec, const View& w, const X* x, index_t tokens, Y* y,
+                            const Epilogue& epilogue) {
+  exec.parallel_for(w.out_channels, 1, [&](index_t begin, index_t end) {
+    for (index_t n = begin; n < end; ++n) {
+      for (index_t t = 0; t < tokens; ++t) {
+        const float value = row_dot(w, n, x + t * w.in_channels, serial_group{});
+        y[t * w.out_channels + epilogue::destination(epilogue, n)] =
+            from_float<Y>(epilogue(value, t, n));
+      }
+    }
+  });
+}
+
+template <bool Batch, class Executor, class F, class W, class L, class X, class Y, class Epilogue>
+void launch(const Executor& exec, const quantized_matrix_view<F, W, L>& w, const X* x,
+            index_t tokens, Y* y, const Epilogue& epilogue) {
+  using activation = typename policies<Executor>::activation;
+  using isa = typename policies<Executor>::isa;
+  if constexpr (std::is_same_v<L, layout::simd_tile>) {
+    run_list runs;
+    runs.assign(w.weak, w.in_channels);
+    multiply<Batch, F::bits, activation, isa>(
+        exec, make_tile_layer(w), activation_source::of<isa>(x, w.in_channels, runs), tokens,
+        make_output<isa>(y, epilogue, w.out_channels));
+  } else {
+    multiply_by_definition(exec, w, x, tokens, y, epilogue);
+  }
+}
+
+/// An error that lists what is built in, unless one of `Formats` fits the descriptor.
+template <class... Formats>
+void check_built_in(const matrix_descriptor& d, const format_list<Formats...>& built_in) {
+  if (!(format_matches<Formats>(d) || ...))
+    qeft::detail::visit_format_in(
+        d, [](auto) {}, built_in);
+}
+template <int Bits, class... Formats>
+constexpr bool has_width(const format_list<Formats...>&) {
+  return ((Formats::bits == Bits) || ...);
+}
+/// The runs of a layer whose weak policy is known at run time.
+inline run_list make_runs(const quantized_matrix<layout::simd_tile>& w) {
+  run_list runs;
+  const matrix_descriptor& d = w.descriptor();
+  visit_weak(d, w.weak_index().data(), [&](const auto& weak) { runs.assign(weak, d.in_channels); });
+  return runs;
+}
+
+/// A layer whose format is known at run time: compiled per code width, not per format.
+template <bool Batch, class Formats, class Executor, class X, class Y, class Epilogue>
+void launch(const Executor& exec, const quantized_matrix<layout::simd_tile>& w, const X* x,
+            index_t tokens, Y* y, const Epilogue& epilogue) {
+  using activation = typename policies<Executor>::activation;
+  using isa = typename policies<Executor>::isa;
+  const matrix_descriptor& d = w.descriptor();
+  check_built_in(d, Formats{});
+  const run_list runs = make_runs(w);
+  const tile_layer layer = make_tile_layer(w);
+  const auto source = activation_source::of<isa>(x, d.in_channels, runs);
+  const output to = make_output<isa>(y, epilogue, d.out_channels);
+  visit_bits(d.bits, [&](auto bits) {
+    if constexpr (has_width<bits>(Formats{})) {
+      multiply<Batch, bits, activation, isa>(exec, layer, source, tokens, to);
+    }
+  });
+}
+
+/// The same over any other layout: compiled per format, slow.
+template <bool, class Formats, class Executor, class L, class X, class Y, class Epilogue>
+void launch(const Executor& exec, const quantized_matrix<L>& w, const X* x, index_t tokens, Y* y,
+            const Epilogue& epilogue) {
+  w.template visit<Formats>(
+      [&](const auto& view) { multiply_by_definition(exec, view, x, tokens, y, epilogue); });
+}
+
+/// What gemm asks of its types; `void` where Executor is not one of the host.
+template <class Executor, class L, class X, class Y, class Epilogue>
+constexpr void check_types() {
+  static_assert(is_activation_scalar_v<X> && is_activation_scalar_v<Y>,
+                "qeft::gemm: X and Y must be float, qeft::half_bits or qeft::bf16_bits");
+  static_assert(std::is_same_v<L, layout::simd_tile> ||
+                    std::is_same_v<typename policies<Executor>::activation, exact>,
+                "qeft::gemm: the int8 activation policy needs layout::simd_tile");
+  static_assert(epilogue::is_epilogue_v<Epilogue>,
+                "qeft::gemm: Epilogue must be trivially copyable and callable as "
+                "float(float value, qeft::index_t token, qeft::index_t channel) const");
+}
+
+/// Takes a function out of the overloads where Executor is not one of the host.
+template <class Executor>
+using if_host = typename policies<Executor>::isa;
+
 }  // namespace cpu::detail
 
 /// Whether gemm would accept these operands, and why not.
-template <class F, class W, class L, class X, class Y>
-status supports_gemm(const quantized_matrix_view<F, W, L>& w, const X* x, index_t tokens,
-                     const Y* y) {
+template <class Executor, class F, class W, class L, class X, class Y,
+          class = cpu::detail::if_host<Executor>>
+status supports_gemm(const Executor&, const quantized_matrix_view<F, W, L>& w, const X* x,
+                     index_t tokens, const Y* y) {
   if (w.out_channels < 1 || w.in_channels < 1 || w.dense_columns() < 0) {
-    return {errc::invalid_argument,
-            "gemm: w is " + std::to_string(w.out_channels) + " x " + std::to_string(w.in_channels) +
-                " with " + std::to_string(w.weak_columns()) +
-                " weak columns, but must have at least one row and column and at most in_channels "
-                "weak columns"};
+    return cpu::detail::refuse(
+        text("gemm: w is ", w.out_channels, " x ", w.in_channels, " with ", w.weak_columns(),
+             " weak columns, but must have at least one row and column and at most in_channels "
+             "weak columns"));
   }
   if (F::group_size == dynamic && !is_supported_group_size(w.run_time_group)) {
-    return {errc::invalid_argument,
-            "gemm: w has run_time_group = " + std::to_string(w.run_time_group) +
-                ", but must have a positive multiple of 32, or -1"};
+    return cpu::detail::refuse(text("gemm: w has run_time_group = ", w.run_time_group,
+                                    ", but must have a positive multiple of 32, or -1"));
   }
   const bool no_zeros = F::zero != zero_kind::symmetric && w.zeros == nullptr;
   const bool no_codes =
       w.dense_columns() > 0 && (w.codes == nullptr || w.scales == nullptr || no_zeros);
   const bool no_weak = w.weak_columns() > 0 && w.weak_values == nullptr;
   if (no_codes || no_weak) {
-    return {errc::invalid_argument, std::string("gemm: w has no ") +
-                                        (no_codes ? "codes, scales or zeros" : "weak values") +
-                                        "; make the view with quantized_matrix::view"};
+    return cpu::detail::refuse(text("gemm: w has no ",
+                                    no_codes ? "codes, scales or zeros" : "weak values",
+                                    "; make the view with quantized_matrix::view"));
   }
   return cpu::detail::check_operands(tokens, x, y);
 }
 
-/// Y = X W^T (METHOD section 5), accumulated in FP32. A token's result depends neither on the other
-/// tokens, nor on their number, nor on the number of threads.
+/// supports_gemm of a layer whose format is known at run time, all but whether that is built in.
+template <class Executor, class L, class X, class Y, class = cpu::detail::if_host<Executor>>
+status supports_gemm(const Executor&, const quantized_matrix<L>& w, const X* x, index_t tokens,
+                     const Y* y) {
+  if (status s = validate(w.descriptor()); !s.ok()) return s;  // moved from, or never filled
+  return cpu::detail::check_operands(tokens, x, y);
+}
+
+/// Y = X W^T (METHOD section 5), accumulated in FP32, then the epilogue. A token's result depends
+/// neither on the other tokens, nor on their number, nor on the number of threads.
 ///
-/// @param exec       executor; blocks until done
-/// @param w          OC x IC layer. Over layout::simd_tile by vector kernels; over any other layout
-///                   by the definition, slowly, and with exact activations only
-/// @param x          (tokens, IC) row-major; float, half_bits or bf16_bits. Finite, and small
-/// enough
-///                   that scale * 2^bits * |x|, summed over a group, fits FP32: else the outputs of
-///                   that token may be infinite or NaN
-/// @param tokens     >= 0
-/// @param y          (tokens, OC) row-major, must not overlap x; float, half_bits or bf16_bits
-/// @param activation cpu::exact: FP32 arithmetic. cpu::int8: see there
-/// @param isa        instruction set, one of cpu::isa that is compiled in
-/// @return what supports_gemm says; on failure y is untouched. May throw std::bad_alloc: the packed
-///         activations of up to 192 tokens are allocated per call
-template <class F, class W, class L, class X, class Y, class Activation = cpu::exact,
-          class Isa = cpu::native_isa>
-status gemm(const on_host& exec, const quantized_matrix_view<F, W, L>& w, const X* x,
-            index_t tokens, Y* y, Activation activation = {}, [[maybe_unused]] Isa isa = {}) {
-  static_assert(cpu::detail::is_activation_scalar_v<X> && cpu::detail::is_activation_scalar_v<Y>,
-                "qeft::gemm: X and Y must be float, qeft::half_bits or qeft::bf16_bits");
-  static_assert(std::is_same_v<Activation, cpu::exact> || std::is_same_v<Activation, cpu::int8>,
-                "qeft::gemm: Activation must be qeft::cpu::exact or qeft::cpu::int8");
-  static_assert(std::is_same_v<L, layout::simd_tile> || std::is_same_v<Activation, cpu::exact>,
-                "qeft::gemm: the int8 activation policy needs layout::simd_tile");
-  static_cast<void>(activation);
-  if (status s = supports_gemm(w, x, tokens, y); !s.ok()) return s;
-  if constexpr (std::is_same_v<L, layout::simd_tile>) {
-    const auto tail = cpu::detail::as_tail(w);
-    cpu::detail::multiply<F::bits, Activation, Isa>(
-        exec, cpu::detail::tile_layer<Isa>(tail),
-        cpu::detail::make_source<Isa>(x, w.weak, w.in_channels), tokens,
-        cpu::detail::make_output<Isa>(y));
-  } else {
-    exec.parallel_for(w.out_channels, 1, [&](index_t begin, index_t end) {
-      for (index_t n = begin; n < end; ++n) {
-        for (index_t t = 0; t < tokens; ++t) {
-          y[t * w.out_channels + n] =
-              from_float<Y>(row_dot(w, n, x + t * w.in_channels, serial_group{}));
-        }
-      }
-    });
-  }
-  return {};
+/// @param exec     on_host, or cpu::with<Activation, Isa>(on_host): cpu::exact with FP32 arithmetic
+///                 and the best instruction set unless said otherwise; blocks until done
+/// @param w        OC x IC layer. Over layout::simd_tile by vector kernels; over any other layout
+///                 by the definition, slowly, and with exact activations only
+/// @param x        (tokens, IC) row-major; float, half_bits or bf16_bits. Finite, and so small that
+///                 scale * 2^bits * |x|, summed over a group, fits FP32: else the outputs of that
+///                 token may be infinite or NaN
+/// @param tokens   >= 0
+/// @param y        (tokens, OC) row-major, must not overlap x; float, half_bits or bf16_bits
+/// @param epilogue what happens to an output before it is stored; see thread/epilogue.hpp
+/// @return what supports_gemm says, and errc::out_of_memory: the packed activations of up to 192
+///         tokens are allocated per call. On failure y is untouched. Throws only what the epilogue
+///         throws
+template <class Executor, class F, class W, class L, class X, class Y,
+          class Epilogue = epilogue::none, class = cpu::detail::if_host<Executor>>
+status gemm(const Executor& exec, const quantized_matrix_view<F, W, L>& w, const X* x,
+            index_t tokens, Y* y, const Epilogue& epilogue = {}) {
+  cpu::detail::check_types<Executor, L, X, Y, Epilogue>();
+  if (status s = supports_gemm(exec, w, x, tokens, y); !s.ok()) return s;
+  return cpu::detail::as_status(
+      [&] { cpu::detail::launch<true>(exec, w, x, tokens, y, epilogue); });
 }
 
 /// y = W x: gemm of one token. @param x (IC) @param y (OC)
-template <class F, class W, class L, class X, class Y, class Activation = cpu::exact,
-          class Isa = cpu::native_isa>
-status gemv(const on_host& exec, const quantized_matrix_view<F, W, L>& w, const X* x, Y* y,
-            Activation activation = {}, Isa isa = {}) {
-  return gemm(exec, w, x, 1, y, activation, isa);
+template <class Executor, class F, class W, class L, class X, class Y,
+          class Epilogue = epilogue::none, class = cpu::detail::if_host<Executor>>
+status gemv(const Executor& exec, const quantized_matrix_view<F, W, L>& w, const X* x, Y* y,
+            const Epilogue& epilogue = {}) {
+  cpu::detail::check_types<Executor, L, X, Y, Epilogue>();
+  if (status s = supports_gemm(exec, w, x, 1, y); !s.ok()) return s;
+  return cpu::detail::as_status([&] { cpu::detail::launch<false>(exec, w, x, 1, y, epilogue); });
 }
 
-/// gemm for a layer whose format is known at run time, out of Formats. A format that is not built
-/// in is errc::unsupported.
-template <class Formats = default_formats, class L, class X, class Y, class Activation = cpu::exact,
-          class Isa = cpu::native_isa>
-status gemm(const on_host& exec, const quantized_matrix<L>& w, const X* x, index_t tokens, Y* y,
-            Activation activation = {}, Isa isa = {}) {
-  status result;
-  try {
-    w.template visit<Formats>([&](const auto& view) {
-      static_cast<void>(result = gemm(exec, view, x, tokens, y, activation, isa));
-    });
-  } catch (const error& e) {
-    return {e.code(), e.what()};
-  }
-  return result;
+/// gemm of a layer whose format is known at run time, out of Formats. A format that is not built in
+/// is errc::unsupported.
+template <class Formats = default_formats, class Executor, class L, class X, class Y,
+          class Epilogue = epilogue::none, class = cpu::detail::if_host<Executor>>
+status gemm(const Executor& exec, const quantized_matrix<L>& w, const X* x, index_t tokens, Y* y,
+            const Epilogue& epilogue = {}) {
+  cpu::detail::check_types<Executor, L, X, Y, Epilogue>();
+  if (status s = supports_gemm(exec, w, x, tokens, y); !s.ok()) return s;
+  return cpu::detail::as_status(
+      [&] { cpu::detail::launch<true, Formats>(exec, w, x, tokens, y, epilogue); });
 }
 
-/// gemv for a layer whose format is known at run time, out of Formats.
-template <class Formats = default_formats, class L, class X, class Y, class Activation = cpu::exact,
-          class Isa = cpu::native_isa>
-status gemv(const on_host& exec, const quantized_matrix<L>& w, const X* x, Y* y,
-            Activation activation = {}, Isa isa = {}) {
-  return gemm<Formats>(exec, w, x, 1, y, activation, isa);
+/// gemv of a layer whose format is known at run time, out of Formats.
+template <class Formats = default_formats, class Executor, class L, class X, class Y,
+          class Epilogue = epilogue::none, class = cpu::detail::if_host<Executor>>
+status gemv(const Executor& exec, const quantized_matrix<L>& w, const X* x, Y* y,
+            const Epilogue& epilogue = {}) {
+  cpu::detail::check_types<Executor, L, X, Y, Epilogue>();
+  if (status s = supports_gemm(exec, w, x, 1, y); !s.ok()) return s;
+  return cpu::detail::as_status(
+      [&] { cpu::detail::launch<false, Formats>(exec, w, x, 1, y, epilogue); });
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft

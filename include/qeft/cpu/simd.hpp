@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Thin vector wrappers, one per instruction set, and nothing else that depends on one. An
-// instruction set is a template argument of every function that uses it, so that translation units
-// built with different flags never share a symbol.
+// Thin vector wrappers, one per instruction set, and nothing else that depends on one.
 //
 // Each set has these static members (V = lanes):
 //   floats, words        V floats; V 32-bit integers with & | << >> by uniform amounts
@@ -16,137 +14,105 @@
 //   multiply_add(s, codes, x)   adds, for each word, 4 products of unsigned codes and signed x. At
 //                        most 8 calls, with codes below 16, between zero and widen
 //   widen(s)             the sums as words, one per lane
+//   prefetch(address)    asks for a cache line that will be read soon; any address
 #pragma once
 
 #include <cmath>
-#include <utility>
 
 #include "qeft/core/half.hpp"
-#include "qeft/core/memory.hpp"
 
 #if defined(QEFT_HAS_AVX2) || defined(QEFT_HAS_AVX512)
 #include <immintrin.h>
 #endif
 
-namespace qeft::cpu {
+namespace qeft {
+inline namespace QEFT_TARGET {
+namespace cpu {
 
 namespace isa {
 
-/// Plain C++. Four lanes, so that compilers map a vector to one SSE or NEON register.
+/// The vectors of GCC and Clang: four lanes, one SSE or NEON register.
 struct portable {
   static constexpr const char* name = "portable";
   static constexpr int lanes = 4;
   static constexpr int tokens = 6;
 
+  using float_lanes = float __attribute__((vector_size(16)));
+  using word_lanes = std::uint32_t __attribute__((vector_size(16)));
+
   struct floats {
-    float v[lanes];
+    float_lanes v;
   };
   struct words {
-    std::uint32_t v[lanes];
+    word_lanes v;
 
-    QEFT_HOST_DEVICE friend words operator&(words a, std::uint32_t b) {
-      for (auto& x : a.v) x &= b;
-      return a;
-    }
-    QEFT_HOST_DEVICE friend words operator|(words a, words b) {
-      for (int i = 0; i < lanes; ++i) a.v[i] |= b.v[i];
-      return a;
-    }
-    QEFT_HOST_DEVICE friend words operator<<(words a, int b) {
-      for (auto& x : a.v) x <<= b;
-      return a;
-    }
-    QEFT_HOST_DEVICE friend words operator>>(words a, int b) {
-      for (auto& x : a.v) x >>= b;
-      return a;
-    }
-    QEFT_HOST_DEVICE friend words operator+(words a, words b) {
-      for (int i = 0; i < lanes; ++i) a.v[i] += b.v[i];
-      return a;
-    }
+    friend QEFT_ALWAYS_INLINE words operator&(words a, std::uint32_t b) { return {a.v & b}; }
+    friend QEFT_ALWAYS_INLINE words operator|(words a, words b) { return {a.v | b.v}; }
+    friend QEFT_ALWAYS_INLINE words operator<<(words a, int b) { return {a.v << b}; }
+    friend QEFT_ALWAYS_INLINE words operator>>(words a, int b) { return {a.v >> b}; }
+    friend QEFT_ALWAYS_INLINE words operator+(words a, words b) { return {a.v + b.v}; }
   };
   using byte_sums = words;
 
   template <class T>
-  static floats load(const T* p) {
-    floats r;
-    for (int i = 0; i < lanes; ++i) r.v[i] = to_float(p[i]);
-    return r;
+  QEFT_ALWAYS_INLINE static floats load(const T* p) {
+    return {float_lanes{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
   }
   template <class T>
-  static void store(T* p, floats a) {
+  QEFT_ALWAYS_INLINE static void store(T* p, floats a) {
     for (int i = 0; i < lanes; ++i) p[i] = from_float<T>(a.v[i]);
   }
-  static floats zero() { return {}; }
-  static floats broadcast(const float* p) {
-    floats r;
-    for (auto& x : r.v) x = *p;
-    return r;
+  QEFT_ALWAYS_INLINE static floats zero() { return {float_lanes{}}; }
+  QEFT_ALWAYS_INLINE static floats broadcast(const float* p) {
+    return {float_lanes{*p, *p, *p, *p}};
   }
-  static floats fma(floats a, floats b, floats c) {
-    for (int i = 0; i < lanes; ++i) c.v[i] = multiply_add(a.v[i], b.v[i], c.v[i]);
-    return c;
+  QEFT_ALWAYS_INLINE static floats fma(floats a, floats b, floats c) {
+    // Left to the compiler, fusing could differ from one loop to the next.
+#if defined(QEFT_HAS_FMA)
+    return {float_lanes{std::fma(a.v[0], b.v[0], c.v[0]), std::fma(a.v[1], b.v[1], c.v[1]),
+                        std::fma(a.v[2], b.v[2], c.v[2]), std::fma(a.v[3], b.v[3], c.v[3])}};
+#else
+    return {a.v * b.v + c.v};
+#endif
   }
-  static floats mul(floats a, floats b) {
-    for (int i = 0; i < lanes; ++i) a.v[i] *= b.v[i];
-    return a;
+  QEFT_ALWAYS_INLINE static floats mul(floats a, floats b) { return {a.v * b.v}; }
+  QEFT_ALWAYS_INLINE static floats add(floats a, floats b) { return {a.v + b.v}; }
+  QEFT_ALWAYS_INLINE static floats to_floats(words a) {
+    const auto lane = [&](int i) { return static_cast<float>(static_cast<std::int32_t>(a.v[i])); };
+    return {float_lanes{lane(0), lane(1), lane(2), lane(3)}};
   }
-  static floats add(floats a, floats b) {
-    for (int i = 0; i < lanes; ++i) a.v[i] += b.v[i];
-    return a;
+  QEFT_ALWAYS_INLINE static words zero_words() { return {word_lanes{}}; }
+  QEFT_ALWAYS_INLINE static words load(const std::uint32_t* p) {
+    return {word_lanes{p[0], p[1], p[2], p[3]}};
   }
-  static floats to_floats(words a) {
-    floats r;
-    for (int i = 0; i < lanes; ++i) r.v[i] = static_cast<float>(static_cast<std::int32_t>(a.v[i]));
-    return r;
-  }
-  static words zero_words() { return {}; }
-  static words load(const std::uint32_t* p) {
-    words r;
-    for (int i = 0; i < lanes; ++i) r.v[i] = p[i];
-    return r;
-  }
-  static void store(std::uint32_t* p, words a) {
+  QEFT_ALWAYS_INLINE static void store(std::uint32_t* p, words a) {
     for (int i = 0; i < lanes; ++i) p[i] = a.v[i];
   }
   template <int Width>
-  static words unpack(const std::uint32_t* p, index_t first) {
-    words r;
+  QEFT_ALWAYS_INLINE static words unpack(const std::uint32_t* p, index_t first) {
+    words r{};
     for (int i = 0; i < lanes; ++i) {
       const index_t bit = (first + i) * Width;
       r.v[i] = (p[bit / 32] >> (bit % 32)) & ((1U << Width) - 1U);
     }
     return r;
   }
-  static byte_sums zero_sums() { return {}; }
-  static words broadcast(const std::int8_t* p) {
+  QEFT_ALWAYS_INLINE static byte_sums zero_sums() { return zero_words(); }
+  QEFT_ALWAYS_INLINE static words broadcast(const std::int8_t* p) {
     std::uint32_t u = 0;
     memcpy(&u, p, sizeof u);
-    words r;
-    for (auto& x : r.v) x = u;
-    return r;
+    return {word_lanes{u, u, u, u}};
   }
-  static byte_sums multiply_add(byte_sums s, words codes, words x) {
-    for (int i = 0; i < lanes; ++i) {
-      for (int shift = 0; shift < 32; shift += 8) {
-        const auto q = static_cast<int>((codes.v[i] >> shift) & 0xffU);
-        s.v[i] += static_cast<std::uint32_t>(q * static_cast<std::int8_t>(x.v[i] >> shift));
-      }
+  QEFT_ALWAYS_INLINE static byte_sums multiply_add(byte_sums s, words codes, words x) {
+    for (int shift = 0; shift < 32; shift += 8) {
+      // Sign extension of a byte: 0x80 changes sides.
+      const word_lanes signed_byte = (((x.v >> shift) & 0xffU) ^ 0x80U) - 0x80U;
+      s.v += ((codes.v >> shift) & 0xffU) * signed_byte;
     }
     return s;
   }
-  static words widen(byte_sums s) { return s; }
-  static void prefetch(const void*) {}
-
- private:
-  // Left to the compiler, fusing could differ from one loop to the next.
-  static float multiply_add(float a, float b, float c) {
-#if defined(QEFT_HAS_FMA)
-    return std::fma(a, b, c);
-#else
-    return a * b + c;
-#endif
-  }
+  QEFT_ALWAYS_INLINE static words widen(byte_sums s) { return s; }
+  QEFT_ALWAYS_INLINE static void prefetch(std::uintptr_t) {}
 };
 
 #if defined(QEFT_HAS_AVX2)
@@ -241,8 +207,8 @@ struct avx2 {
   QEFT_ALWAYS_INLINE static words widen(byte_sums s) {
     return {_mm256_madd_epi16(s.v, _mm256_set1_epi16(1))};
   }
-  QEFT_ALWAYS_INLINE static void prefetch(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  QEFT_ALWAYS_INLINE static void prefetch(std::uintptr_t address) {
+    _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
   }
 };
 #endif
@@ -343,8 +309,8 @@ struct avx512 {
   QEFT_ALWAYS_INLINE static words widen(byte_sums s) {
     return {_mm512_madd_epi16(s.v, _mm512_set1_epi16(1))};
   }
-  QEFT_ALWAYS_INLINE static void prefetch(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  QEFT_ALWAYS_INLINE static void prefetch(std::uintptr_t address) {
+    _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
   }
 };
 #endif
@@ -376,27 +342,6 @@ using native_isa = isa::avx2;
 using native_isa = isa::portable;
 #endif
 
-namespace detail {
-
-/// T[N], for a signed N.
-template <class T, index_t N>
-using array = T[static_cast<std::size_t>(N)];
-
-template <class Body, int... Index>
-QEFT_ALWAYS_INLINE void unroll_indices(const Body& body, std::integer_sequence<int, Index...>) {
-  (body(std::integral_constant<int, Index>{}), ...);
-}
-
-/// Row tiles that gemv takes at once: eight accumulators hide the latency of an addition.
-template <class Isa>
-inline constexpr int gemv_tiles = Isa::lanes <= 4 ? 1 : Isa::lanes / 4;
-
-/// body(integral_constant 0) ... body(integral_constant N - 1).
-template <int N, class Body>
-QEFT_ALWAYS_INLINE void unroll(const Body& body) {
-  unroll_indices(body, std::make_integer_sequence<int, N>{});
-}
-
-}  // namespace detail
-
-}  // namespace qeft::cpu
+}  // namespace cpu
+}  // namespace QEFT_TARGET
+}  // namespace qeft

@@ -1,142 +1,128 @@
 // SPDX-License-Identifier: Apache-2.0
-// A layer over simd_tile with all of its format but the code width behind function pointers that
-// are called once per chunk: the heavy code is compiled per code width, not per format.
+// A layer over simd_tile whose format is known at run time, all but the code width: what depends on
+// the rest is decided once per chunk, so the heavy code is compiled per code width, not per format.
 #pragma once
 
-#include "qeft/container/quantized_matrix_view.hpp"
-#include "qeft/cpu/exact_dot.hpp"
+#include "qeft/container/quantized_matrix.hpp"
+#include "qeft/cpu/chunks.hpp"
 
-namespace qeft::cpu::detail {
+namespace qeft {
+inline namespace QEFT_TARGET {
+namespace cpu::detail {
+
+struct tile_layer {
+  layout::extent extent;
+  index_t columns_per_group;
+  zero_kind zero;
+  scalar_kind scalar;
+  const std::uint32_t* codes;
+  const void* scales;  // of `scalar`, as zeros where they are scaled, and weak_values
+  const void* zeros;   // words of packed codes where they are integers
+  const void* weak_values;
+
+  index_t tiles() const noexcept { return ceil_div(extent.out_channels, tile_rows); }
+};
+
+template <class F, class W>
+tile_layer make_tile_layer(const quantized_matrix_view<F, W, layout::simd_tile>& w) {
+  return {w.extent(), w.group_size(), F::zero, scalar_kind_of<typename F::scalar_type>::value,
+          w.codes,    w.scales,       w.zeros, w.weak_values};
+}
+
+inline tile_layer make_tile_layer(const quantized_matrix<layout::simd_tile>& w) {
+  const matrix_descriptor& d = w.descriptor();
+  const void* codes = w.codes().data();
+  return {d.extent(),
+          d.columns_per_group(),
+          d.zero,
+          d.scalar,
+          static_cast<const std::uint32_t*>(codes),
+          w.scales().data(),
+          w.zeros().data(),
+          w.weak().data()};
+}
+
+/// body(pointer to the layer's scalar type)
+template <class Body>
+QEFT_ALWAYS_INLINE auto with_scalars(scalar_kind kind, const void* values, const Body& body) {
+  if (kind == scalar_kind::half) return body(static_cast<const half_bits*>(values));
+  return body(static_cast<const bf16_bits*>(values));
+}
+
+/// 32 scalars from `first` on.
+template <class Isa>
+typename row_vectors<Isa>::floats load_rows(scalar_kind kind, const void* values, index_t first) {
+  return with_scalars(kind, values,
+                      [&](const auto* p) { return row_vectors<Isa>::load(p + first); });
+}
 
 /// The parameters of a group for the 32 rows of a tile, in the form w = scale * q + offset.
-struct alignas(64) group_lanes {
-  float scale[layout::simd_tile::rows];
-  float offset[layout::simd_tile::rows];
+template <class Isa>
+struct group_lanes {
+  typename row_vectors<Isa>::floats scale;
+  typename row_vectors<Isa>::floats offset;
 };
 
 /// Parameters of rows [32 * tile, 32 * tile + 32); those of padding rows are zero. The offset is
 /// -scale * z, which is exact in FP32 (an 11-bit by an 8-bit number), or the scaled zero point.
-template <class Isa, class F>
-void load_group(const quantized_matrix_view<F, weak_tail<>, layout::simd_tile>& w, index_t tile,
-                index_t group, group_lanes& lanes) {
-  const layout::extent e = w.extent();
-  const index_t first = layout::simd_tile::param_index(e, tile * tile_rows, group);
-  for (index_t i = 0; i < tile_rows; i += Isa::lanes) {
-    const auto scale = Isa::load(w.scales + first + i);
-    Isa::store(lanes.scale + i, scale);
-    if constexpr (F::zero == zero_kind::scaled) {
-      Isa::store(lanes.offset + i, Isa::load(w.zeros + first + i));
-    } else if constexpr (F::zero == zero_kind::symmetric) {
-      const float minus_mid = -static_cast<float>(F::mid_code);
-      Isa::store(lanes.offset + i, Isa::mul(scale, Isa::broadcast(&minus_mid)));
-    } else {
-      using planes = bit_planes<F::bits>;
-      auto zero = Isa::template unpack<planes::width(0)>(w.zeros, first + i);
-      if constexpr (planes::count == 2) {
-        const index_t count = layout::simd_tile::padded_rows(e.out_channels) * e.groups;
-        const std::uint32_t* plane = w.zeros + packed_array<F::bits>::plane_words(0, count);
-        zero =
-            zero | (Isa::template unpack<planes::width(1)>(plane, first + i) << planes::shift(1));
-      }
-      const float minus_one = -1.0F;
-      const auto minus_zero = Isa::mul(Isa::to_floats(zero), Isa::broadcast(&minus_one));
-      Isa::store(lanes.offset + i, Isa::mul(scale, minus_zero));
-    }
+template <int Bits, class Isa>
+group_lanes<Isa> load_group(const tile_layer& w, index_t tile, index_t group) {
+  using rows = row_vectors<Isa>;
+  using planes = bit_planes<Bits>;
+  const index_t first = layout::simd_tile::param_index(w.extent, tile * tile_rows, group);
+  const auto scale = load_rows<Isa>(w.scalar, w.scales, first);
+  if (w.zero == zero_kind::scaled) return {scale, load_rows<Isa>(w.scalar, w.zeros, first)};
+  const float minus_one = -1.0F;
+  const float minus_mid = -static_cast<float>(1U << (Bits - 1));
+  if (w.zero == zero_kind::symmetric) return {scale, rows::mul(scale, Isa::broadcast(&minus_mid))};
+
+  const auto* packed = static_cast<const std::uint32_t*>(w.zeros);
+  const index_t count = layout::simd_tile::padded_rows(w.extent.out_channels) * w.extent.groups;
+  auto zero = rows::template unpack<planes::width(0)>(packed, first);
+  if constexpr (planes::count == 2) {
+    packed += packed_array<Bits>::plane_words(0, count);
+    zero = zero | (rows::template unpack<planes::width(1)>(packed, first) << planes::shift(1));
   }
+  const auto minus_zero = rows::mul(rows::to_floats(zero), Isa::broadcast(&minus_one));
+  return {scale, rows::mul(scale, minus_zero)};
 }
 
-/// Valid while the view it was made of lives.
+/// acc(Tiles, 32) = weak columns [first, first + columns) of the given row tiles, times x.
+template <class Isa, int Tiles>
+void dot_weak(const tile_layer& w, const index_t* tiles, index_t first, index_t columns,
+              const float* x, float* acc) {
+  using rows = row_vectors<Isa>;
+  with_scalars(w.scalar, w.weak_values, [&](const auto* weak) {
+    c_array<decltype(weak), Tiles> values;
+    c_array<typename rows::floats, Tiles> sum;
+    unroll<Tiles>([&](auto i) QEFT_INLINE_LAMBDA {
+      values[i] = weak + layout::simd_tile::weak_index(w.extent, tiles[i] * tile_rows, first);
+      sum[i] = rows::zero();
+    });
+    for (index_t c = 0; c < columns; ++c) {
+      const auto xc = Isa::broadcast(x + c);
+      unroll<Tiles>([&](auto i) QEFT_INLINE_LAMBDA {
+        Isa::prefetch(reinterpret_cast<std::uintptr_t>(values[i]) + prefetch_bytes);
+        sum[i] = rows::fma(rows::load(values[i]), xc, sum[i]);
+        values[i] += tile_rows;
+      });
+    }
+    unroll<Tiles>([&](auto i) QEFT_INLINE_LAMBDA { rows::store(acc + i * tile_rows, sum[i]); });
+  });
+}
+
+/// panel(columns, 32) = weak columns [first, first + columns) of one row tile.
 template <class Isa>
-class tile_layer {
- public:
-  template <class F>
-  explicit tile_layer(const quantized_matrix_view<F, weak_tail<>, layout::simd_tile>& w)
-      : out_channels(w.out_channels),
-        in_channels(w.in_channels),
-        dense(w.dense_columns()),
-        group_size(w.group_size()),
-        weak(w.weak_columns()),
-        codes(w.codes),
-        view_(&w),
-        load_group_(&call_load_group<F>),
-        dot_weak_{&call_dot_weak<F, 1>, &call_dot_weak<F, gemv_tiles<Isa>>},
-        decode_weak_(&call_decode_weak<F>) {}
-
-  index_t out_channels;
-  index_t in_channels;
-  index_t dense;       // columns with codes
-  index_t group_size;  // in columns
-  index_t weak;        // columns
-  const std::uint32_t* codes;
-
-  index_t tiles() const noexcept { return ceil_div(out_channels, tile_rows); }
-
-  void load_group(index_t tile, index_t group, group_lanes& lanes) const {
-    load_group_(view_, tile, group, lanes);
-  }
-  /// acc(Tiles, 32) = weak columns [first, first + columns) * x, for 1 or gemv_tiles tiles.
-  template <int Tiles>
-  void dot_weak(index_t tile, index_t first, index_t columns, const float* x, float* acc) const {
-    dot_weak_[Tiles == 1 ? 0 : 1](view_, tile, first, columns, x, acc);
-  }
-  /// panel(columns, 32) = weak columns [first, first + columns).
-  void decode_weak(index_t tile, index_t first, index_t columns, float* panel) const {
-    decode_weak_(view_, tile, first, columns, panel);
-  }
-
- private:
-  template <class F>
-  using view_of = quantized_matrix_view<F, weak_tail<>, layout::simd_tile>;
-
-  template <class F>
-  static const typename F::scalar_type* weak_values(const view_of<F>& w, index_t tile, index_t j) {
-    return w.weak_values + layout::simd_tile::weak_index(w.extent(), tile * tile_rows, j);
-  }
-
-  template <class F>
-  static void call_load_group(const void* view, index_t tile, index_t group, group_lanes& lanes) {
-    detail::load_group<Isa>(*static_cast<const view_of<F>*>(view), tile, group, lanes);
-  }
-  template <class F, int Tiles>
-  static void call_dot_weak(const void* view, index_t tile, index_t first, index_t columns,
-                            const float* x, float* acc) {
-    array<const typename F::scalar_type*, Tiles> values;
-    for (int t = 0; t < Tiles; ++t) {
-      values[t] = weak_values<F>(*static_cast<const view_of<F>*>(view), tile + t, first);
+void decode_weak(const tile_layer& w, index_t tile, index_t first, index_t columns, float* panel) {
+  using rows = row_vectors<Isa>;
+  with_scalars(w.scalar, w.weak_values, [&](const auto* weak) {
+    weak += layout::simd_tile::weak_index(w.extent, tile * tile_rows, first);
+    for (index_t i = 0; i < columns * tile_rows; i += tile_rows) {
+      rows::store(panel + i, rows::load(weak + i));
     }
-    detail::dot_weak<Isa, Tiles>(values, columns, x, acc);
-  }
-  template <class F>
-  static void call_decode_weak(const void* view, index_t tile, index_t first, index_t columns,
-                               float* panel) {
-    decode_weak_panel<Isa>(weak_values<F>(*static_cast<const view_of<F>*>(view), tile, first),
-                           columns, panel);
-  }
-
-  const void* view_;
-  void (*load_group_)(const void*, index_t, index_t, group_lanes&);
-  void (*dot_weak_[2])(const void*, index_t, index_t, index_t, const float*, float*);
-  void (*decode_weak_)(const void*, index_t, index_t, index_t, float*);
-};
-
-/// Where outputs go: any element type behind one signature.
-struct output_rows {
-  void* y;  // (tokens, OC)
-  /// Writes values(count) to y[offset ...].
-  void (*store)(void* y, index_t offset, const float* values, index_t count);
-};
-
-template <class Isa, class Y>
-void store_outputs(void* y, index_t offset, const float* values, index_t count) {
-  Y* out = static_cast<Y*>(y) + offset;
-  index_t i = 0;
-  for (; i + Isa::lanes <= count; i += Isa::lanes) Isa::store(out + i, Isa::load(values + i));
-  for (; i < count; ++i) out[i] = from_float<Y>(values[i]);
+  });
 }
 
-template <class Isa, class Y>
-output_rows make_output(Y* y) {
-  return {y, &store_outputs<Isa, Y>};
-}
-
-}  // namespace qeft::cpu::detail
+}  // namespace cpu::detail
+}  // namespace QEFT_TARGET
+}  // namespace qeft

@@ -66,20 +66,21 @@ void for_each_isa_case(const Body& body) {
 
 /// y of gemm in type Y, checked for independence of batch and threads.
 template <class Y, class Case, class X, class Activation, class Isa>
-std::vector<Y> product(const Case& c, const std::vector<X>& x, qeft::index_t tokens,
-                       Activation activation, Isa isa) {
+std::vector<Y> product(const Case& c, const std::vector<X>& x, qeft::index_t tokens, Activation,
+                       Isa) {
   const auto view = c.view();
   std::vector<Y> y(static_cast<std::size_t>(tokens * view.out_channels));
-  const qeft::on_host one(1);
-  REQUIRE(qeft::gemm(one, view, x.data(), tokens, y.data(), activation, isa).ok());
+  using executor = qeft::cpu::executor<Activation, Isa>;
+  const executor one(qeft::on_host(1));
+  REQUIRE(qeft::gemm(one, view, x.data(), tokens, y.data()).ok());
   std::vector<Y> other(y.size());
   for (const int threads : {2, 3, 7}) {
-    const qeft::on_host exec(threads);
-    REQUIRE(qeft::gemm(exec, view, x.data(), tokens, other.data(), activation, isa).ok());
+    const executor exec(qeft::on_host{threads});
+    REQUIRE(qeft::gemm(exec, view, x.data(), tokens, other.data()).ok());
     CHECK(qeft_test::same_bits(y, other));
     for (qeft::index_t t = 0; t < tokens; ++t) {
       REQUIRE(qeft::gemv(exec, view, x.data() + t * view.in_channels,
-                         other.data() + t * view.out_channels, activation, isa)
+                         other.data() + t * view.out_channels)
                   .ok());
     }
     CHECK(qeft_test::same_bits(y, other));

@@ -115,17 +115,18 @@ TEST_CASE("not-a-number reaches every output of its token and no other token") {
   const auto layer = qeft_test::random_layer(d, random);
   const auto matrix = qeft_test::pack<simd_tile>(layer);
   const auto w = matrix.view<plain_format>(qeft::weak_tail<>{{5}});
-  const auto check = [&](auto activation) {
+  const auto check = [&](const auto& exec) {
     for (const std::size_t column : {std::size_t{3}, std::size_t{69}}) {
       auto x = qeft_test::random_activations<float>(layer, 3, random);
       x[70 + column] = std::numeric_limits<float>::quiet_NaN();
       std::vector<float> y(3 * 40);
-      REQUIRE(qeft::gemm(qeft::on_host(1), w, x.data(), 3, y.data(), activation).ok());
+      REQUIRE(qeft::gemm(exec, w, x.data(), 3, y.data()).ok());
       for (std::size_t i = 0; i < y.size(); ++i) CHECK(std::isnan(y[i]) == (i / 40 == 1));
     }
   };
-  check(qeft::cpu::exact{});
-  check(qeft::cpu::int8{});
+  const qeft::on_host host(1);
+  check(host);
+  check(qeft::cpu::with<qeft::cpu::int8>(host));
 }
 
 TEST_CASE("gemm says why it refuses") {
@@ -161,19 +162,19 @@ TEST_CASE("gemm says why it refuses") {
                        .view<plain_format>(qeft::weak_tail<>{{2}});
   view_type broken = view;
   broken.codes = nullptr;
-  CHECK(refused(qeft::supports_gemm(broken, x.data(), 1, y.data()), {"no codes"}));
+  CHECK(refused(qeft::supports_gemm(exec, broken, x.data(), 1, y.data()), {"no codes"}));
   broken = view;
   broken.zeros = nullptr;
-  CHECK(refused(qeft::supports_gemm(broken, x.data(), 1, y.data()), {"zeros"}));
+  CHECK(refused(qeft::supports_gemm(exec, broken, x.data(), 1, y.data()), {"zeros"}));
   for (const index_t group : {index_t{48}, index_t{0}, index_t{-2}}) {
     broken = view;
     broken.run_time_group = group;
-    CHECK(refused(qeft::supports_gemm(broken, x.data(), 1, y.data()),
+    CHECK(refused(qeft::supports_gemm(exec, broken, x.data(), 1, y.data()),
                   {"run_time_group", "multiple of 32"}));
   }
   broken = view;
   broken.weak_values = nullptr;
-  CHECK(refused(qeft::supports_gemm(broken, x.data(), 1, y.data()), {"no weak values"}));
+  CHECK(refused(qeft::supports_gemm(exec, broken, x.data(), 1, y.data()), {"no weak values"}));
   broken = view;
   broken.weak.k = 9;
   CHECK(refused(qeft::gemm(exec, broken, x.data(), 1, y.data()), {"4 x 8", "9 weak columns"}));

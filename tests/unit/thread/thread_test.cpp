@@ -3,9 +3,9 @@
 #include <vector>
 
 #include "qeft/core/on_host.hpp"
-#include "qeft/cpu/simd.hpp"
-#include "qeft/thread/activation_index.hpp"
-#include "qeft/thread/dequantize.hpp"
+#include "qeft/cpu/tile_fields.hpp"
+#include "qeft/cpu/vectors.hpp"
+#include "qeft/thread/activation_order.hpp"
 #include "qeft/thread/dot.hpp"
 #include "qeft/thread/group.hpp"
 #include "support/cases.hpp"
@@ -46,13 +46,13 @@ tile_row<Bits> random_row(random_source& random) {
 
 template <int Bits, int W>
 std::uint32_t joined(const tile_row<Bits>& row) {
-  using fields = qeft::tile_fields<Bits>;
+  using fields = qeft::cpu::tile_fields<Bits>;
   return fields::template join<W>(row.words[fields::low_word(W)], row.words[fields::high_word(W)]);
 }
 
 template <int Bits>
 void check_fields() {
-  using fields = qeft::tile_fields<Bits>;
+  using fields = qeft::cpu::tile_fields<Bits>;
   random_source random(Bits);
   for (int repeat = 0; repeat < 50; ++repeat) {
     const auto row = random_row<Bits>(random);
