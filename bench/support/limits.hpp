@@ -45,7 +45,8 @@ inline double read_bandwidth(const qeft::on_host& exec) {
       isa::words sum[4] = {isa::zero_words(), isa::zero_words(), isa::zero_words(),
                            isa::zero_words()};
       for (index_t i = begin; i < end; i += 4 * isa::lanes) {
-        for (index_t l = 0; l < 4 * isa::lanes; l += line) isa::prefetch(&data[0] + i + l + 1024);
+        for (index_t l = 0; l < 4 * isa::lanes; l += line)
+          isa::prefetch(reinterpret_cast<std::uintptr_t>(data.data() + i + l) + 4096);
         for (int v = 0; v < 4; ++v) sum[v] = sum[v] + isa::load(data.data() + i + v * isa::lanes);
       }
       std::uint32_t lanes[isa::lanes];

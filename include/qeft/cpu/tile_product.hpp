@@ -2,6 +2,7 @@
 // The product of a layer over simd_tile with any number of tokens.
 #pragma once
 
+#include "qeft/cpu/exact.hpp"
 #include "qeft/cpu/output.hpp"
 #include "qeft/cpu/packed_activations.hpp"
 #include "qeft/cpu/tile_layer.hpp"
