@@ -43,6 +43,11 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
   if(QEFT_NATIVE)
     target_compile_options(qeft_development INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-march=native>)
   endif()
+  if(QEFT_SANITIZE_THREAD)
+    target_compile_options(qeft_development INTERFACE
+      "$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=thread;-g1>")
+    target_link_options(qeft_development INTERFACE -fsanitize=thread)
+  endif()
   if(QEFT_SANITIZE)
     target_compile_options(qeft_development INTERFACE
       "$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=address,undefined;-fno-sanitize-recover=all;-g1>")

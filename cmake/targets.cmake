@@ -11,11 +11,11 @@ target_include_directories(qeft INTERFACE
 target_compile_features(qeft INTERFACE cxx_std_17)
 target_link_libraries(qeft INTERFACE Threads::Threads)
 
-# qeft::cuda exists when a CUDA toolkit is found; it adds the runtime to qeft::qeft.
+# qeft::cuda exists when a CUDA toolkit is found; it adds the runtime to qeft::qeft. The installed
+# package makes its own (qeftConfig.cmake.in).
 find_package(CUDAToolkit QUIET)
-if(CUDAToolkit_FOUND)
+if(TARGET CUDA::cudart)
   add_library(qeft_cuda INTERFACE)
-  set_target_properties(qeft_cuda PROPERTIES EXPORT_NAME cuda)
   add_library(qeft::cuda ALIAS qeft_cuda)
   target_link_libraries(qeft_cuda INTERFACE qeft CUDA::cudart)
 endif()

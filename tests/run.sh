@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds and tests the library:
-#   tests/run.sh [gcc] [clang] [sanitize]        all three by default
-# gcc is C++17 with CUDA when nvcc is found, clang is C++20, sanitize is g++ with ASan and UBSan.
+#   tests/run.sh [gcc] [clang] [sanitize] [thread]        all by default
+# gcc is C++17 with CUDA when nvcc is found, clang is C++20, sanitize is g++ with ASan and UBSan,
+# thread is g++ with TSan, for the tests of the executor and of products.
 # Builds go to build/ (QEFT_BUILD_DIR); data of the tests of examples/llm to build/test-data
 # (QEFT_TEST_DATA), some of it made by a python with torch and transformers (QEFT_TORCH_PYTHON).
 # The last line is `N passed, N failed, N skipped`.
 set -u
 exec </dev/null
 case "${1-}" in
-  -h | --help) sed -n '3,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+  -h | --help) sed -n '3,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
 esac
 configurations=("$@")
-[ $# -gt 0 ] || configurations=(gcc clang sanitize)
+[ $# -gt 0 ] || configurations=(gcc clang sanitize thread)
 root=$(realpath -- "$(dirname -- "$0")/..") || exit 1
 # Absolute, because tests run in other directories.
 build_root=$(realpath -m -- "${QEFT_BUILD_DIR:-$root/build}")
@@ -42,6 +43,7 @@ count_results() {
 }
 
 # build_and_test NAME COMPILER [CMAKE ARGUMENT...]
+# Builds and runs everything, or only the tests named in the array `only`.
 build_and_test() {
   local name=$1 compiler=$2 dir=$build_root/$1
   shift 2
@@ -57,12 +59,13 @@ build_and_test() {
     return
   fi
   grep -- '-- qeft: ' "$dir/configure.log"
-  if ! cmake --build "$dir" -j "$jobs" -- -k 0 >"$dir/build.log" 2>&1; then
+  if ! cmake --build "$dir" -j "$jobs" ${only[@]+--target "${only[@]/#/test_}"} -- -k 0 >"$dir/build.log" 2>&1; then
     grep -E -A 8 'error|undefined reference|multiple definition' "$dir/build.log" | head -n 100
     count_failure "$name: build ($dir/build.log)"
   fi
   step "$name: test"
-  ctest --test-dir "$dir" -j "$jobs" --output-on-failure --no-tests=error >"$dir/test.log" 2>&1
+  ctest --test-dir "$dir" -j "$jobs" --output-on-failure --no-tests=error \
+    ${only[@]+-R "^($(IFS='|'; echo "${only[*]}"))\$"} >"$dir/test.log" 2>&1
   # Failures with their output, then the summary; what passed is in the log.
   grep -vE ' Passed +[0-9.]+ sec$|^ +Start +[0-9]+: |^(Internal ctest|Test project|Looked in|Could not find exec)|^[^ ]+/test_[^ ]+$' \
     "$dir/test.log"
@@ -98,7 +101,7 @@ prepare_data() {
 
 step "Packages"
 if ! require_packages g++ clang cmake ninja-build catch2 libeigen3-dev nlohmann-json3-dev \
-  libcli11-dev libpcre2-dev libutf8proc-dev pkg-config libbenchmark-dev python3-venv; then
+  libcli11-dev libpcre2-dev libutf8proc-dev pkg-config libbenchmark-dev python3-venv qemu-user; then
   printf '0 passed, 1 failed, 0 skipped\n'
   exit 1
 fi
@@ -107,12 +110,19 @@ step "Data of other implementations"
 prepare_data 2>&1 | tail -n 5
 
 for configuration in "${configurations[@]}"; do
+  only=()
   case "$configuration" in
     gcc) build_and_test gcc g++ -DCMAKE_CXX_STANDARD=17 ;;
     clang) build_and_test clang clang++ -DCMAKE_CXX_STANDARD=20 -DQEFT_CUDA=OFF ;;
     sanitize)
       build_and_test sanitize g++ -DCMAKE_CXX_STANDARD=17 -DQEFT_CUDA=OFF -DQEFT_SANITIZE=ON \
         -DQEFT_BUILD_BENCH=OFF -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1
+      ;;
+    thread)
+      only=(on_host nested_products cpu_matmul)
+      build_and_test thread g++ -DCMAKE_CXX_STANDARD=17 -DQEFT_CUDA=OFF -DQEFT_SANITIZE_THREAD=ON \
+        -DQEFT_NATIVE=OFF -DQEFT_BUILD_BENCH=OFF -DCMAKE_BUILD_TYPE=Debug \
+        -DCMAKE_CXX_FLAGS_DEBUG=-O1
       ;;
     *) count_failure "unknown configuration $configuration" ;;
   esac

@@ -7,7 +7,3 @@
 #if defined(__unix__) || defined(__APPLE__)
 #define QEFT_HAS_POSIX_FILES 1
 #endif
-
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "qeft/io: files are little-endian and are used in place; this machine is big-endian"
-#endif
