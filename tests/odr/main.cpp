@@ -28,7 +28,7 @@ std::uint64_t hash(const void* data, std::size_t size) {
   return h;
 }
 
-bool close(const float* a, const float* b, index_t count) {
+bool close(const float* a, const float* b, index_t count, double tolerance = 1e-6) {
   double error = 0.0;
   double norm = 0.0;
   for (index_t i = 0; i < count; ++i) {
@@ -36,7 +36,7 @@ bool close(const float* a, const float* b, index_t count) {
     error += difference * difference;
     norm += static_cast<double>(b[i]) * static_cast<double>(b[i]);
   }
-  return error <= 1e-12 * norm && norm > 0.0;
+  return error <= tolerance * tolerance * norm && norm > 0.0;
 }
 
 /// `user` works with what `maker` made.
@@ -94,6 +94,11 @@ int main(int argc, char** argv) {
       expect(close(out.one_token, expected.one_token, rows), u.name, "gemv");
       expect(close(out.slow, expected.slow, rows), u.name, "gemv of rows");
       expect(close(out.many_tokens, expected.many_tokens, 3 * rows), u.name, "gemm");
+      expect(close(out.portable, expected.portable, rows), u.name, "portable gemv");
+      expect(close(out.int8, expected.one_token, rows, 0.02), u.name, "int8 gemv");
+      float halves[rows];
+      for (index_t n = 0; n < rows; ++n) halves[n] = qeft::to_float(out.halves[n]);
+      expect(close(halves, expected.one_token, rows, 1e-3), u.name, "gemv of halves");
       expect(close(out.permuted, expected.permuted, rows), u.name, "a permuted layer");
       expect(error_arrives(u), u.name, "an error");
       for (int j = 0; j < count; ++j) check_pair(*units[i], *units[j], expected);

@@ -40,8 +40,14 @@ void work(outputs* out) {
   qeft::gemv(exec, w, x, out->one_token).throw_if_error();
   qeft::gemv(exec, packed.view<format>(weak{}), x, out->slow).throw_if_error();
   qeft::gemm(exec, tiles, x, 3, out->many_tokens).throw_if_error();
-  const auto reversed = qeft::permute_rows(qeft::permutation::identity(rows), packed);
-  qeft::gemv(exec, qeft::repack<qeft::layout::simd_tile>(exec, reversed), x, out->permuted)
+  namespace cpu = qeft::cpu;
+  qeft::gemv(cpu::with<cpu::exact, cpu::isa::portable>(exec), w, x, out->portable).throw_if_error();
+  qeft::gemv(cpu::with<cpu::int8>(exec), w, x, out->int8).throw_if_error();
+  qeft::half_bits x_half[columns];
+  for (index_t i = 0; i < columns; ++i) x_half[i] = qeft::from_float<qeft::half_bits>(x[i]);
+  qeft::gemv(exec, w, x_half, out->halves).throw_if_error();
+  const auto permuted = qeft::permute_rows(qeft::permutation::identity(rows), packed);
+  qeft::gemv(exec, qeft::repack<qeft::layout::simd_tile>(exec, permuted), x, out->permuted)
       .throw_if_error();
 }
 

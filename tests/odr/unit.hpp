@@ -23,6 +23,9 @@ struct outputs {
   float slow[rows];
   float many_tokens[3 * rows];
   float permuted[rows];
+  float portable[rows];
+  float int8[rows];
+  qeft::half_bits halves[rows];
 };
 
 struct unit {
