@@ -177,11 +177,13 @@ class thread_pool final : public host_pool {
   std::exception_ptr failure_;
 };
 
+inline constexpr int max_threads = 65536;  // far beyond any machine: a size given by mistake
+
 /// @param threads as on_host
 inline host_pool* make_pool(int threads) {
-  if (threads < 0) {
+  if (threads < 0 || threads > max_threads) {
     fail(errc::invalid_argument,
-         text("on_host: threads is ", threads, ", but must not be negative"));
+         text("on_host: threads is ", threads, ", but must be in [0, ", max_threads, "]"));
   }
   if (threads == 0) {
     const unsigned hardware = std::thread::hardware_concurrency();
@@ -252,7 +254,7 @@ void parallel_for(host_pool* pool, index_t count, index_t grain, const Body& bod
 class on_host {
  public:
   /// @param threads number of threads including the caller; 0 means one per hardware thread.
-  ///                Negative, or more than the system gives, throws qeft::error.
+  ///                Outside [0, 65536], or more than the system gives, throws qeft::error.
   QEFT_ALWAYS_INLINE explicit on_host(int threads = 1) : pool_(detail::make_pool(threads)) {}
   QEFT_ALWAYS_INLINE on_host(const on_host& other) noexcept : pool_(other.pool_) {
     pool_->retain();

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <set>
 #include <thread>
@@ -129,6 +130,8 @@ TEST_CASE("the number of threads") {
   CHECK(on_host(0).threads() >= 1);
   CHECK(qeft_test::throws_with(qeft::errc::invalid_argument, {"threads is -2"},
                                [] { on_host exec(-2); }));
+  CHECK(qeft_test::throws_with(qeft::errc::invalid_argument, {"threads is 2147483647"},
+                               [] { on_host exec(std::numeric_limits<int>::max()); }));
 }
 
 namespace {
