@@ -119,7 +119,7 @@ for configuration in "${configurations[@]}"; do
         -DQEFT_BUILD_BENCH=OFF -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1
       ;;
     thread)
-      only=(on_host nested_products cpu_matmul)
+      only=(on_host nested_products)
       build_and_test thread g++ -DCMAKE_CXX_STANDARD=17 -DQEFT_CUDA=OFF -DQEFT_SANITIZE_THREAD=ON \
         -DQEFT_NATIVE=OFF -DQEFT_BUILD_BENCH=OFF -DCMAKE_BUILD_TYPE=Debug \
         -DCMAKE_CXX_FLAGS_DEBUG=-O1
