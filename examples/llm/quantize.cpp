@@ -179,7 +179,8 @@ class quantizer {
   /// A linear that an earlier run finished.
   packed_matrix recall(index_t l, linear_kind kind) {
     packed_matrix m = work_->load_linear(linear_name(l, kind)).matrix;
-    weak_.set(linear_name(l, kind), m.weak_index());
+    const auto weak = m.weak_index();
+    weak_.set(linear_name(l, kind), {weak.begin(), weak.end()});
     return m;
   }
 

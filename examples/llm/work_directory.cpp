@@ -54,7 +54,8 @@ void work_directory::store_linear(const std::string& name, const finished_linear
   description.provenance = linear.report;
   io::safetensors_writer writer(
       std::map<std::string, std::string>{{"description", io::to_json(description).dump()}});
-  io::add_linear(writer, name, linear.matrix, linear.matrix.weak_index());
+  const auto weak = linear.matrix.weak_index();
+  io::add_linear(writer, name, linear.matrix, {weak.begin(), weak.end()});
   writer.write(file_of(name));
 }
 

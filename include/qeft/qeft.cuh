@@ -4,4 +4,5 @@
 
 #include <cuda_runtime.h>
 
+#include "qeft/core/device_memory.cuh"
 #include "qeft/qeft.hpp"

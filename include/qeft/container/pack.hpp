@@ -3,10 +3,10 @@
 // packed_array, that is, for rows of row_packed matrices and for arrays of integer zero points.
 #pragma once
 
-#include "qeft/container/matrix_descriptor.hpp"
 #include "qeft/format/bit_planes.hpp"
 
 namespace qeft {
+inline namespace QEFT_TARGET {
 
 /// Writes `count` codes (the upper bits of each are ignored) as a packed_array<Bits>.
 /// @param words (packed_array<Bits>::words(count)), overwritten; padding becomes zero
@@ -51,4 +51,5 @@ void unpack_array(const std::uint32_t* words, index_t count, std::uint8_t* codes
   }
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft

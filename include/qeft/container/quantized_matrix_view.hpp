@@ -32,14 +32,15 @@ struct quantized_matrix_view {
   using scalar_type = typename Format::scalar_type;
   using zero_type = typename Format::zero_type;
 
-  index_t out_channels;        // OC
-  index_t in_channels;         // IC
-  index_t run_time_group;      // group size in columns, or per_channel; unless Format fixes it
-  Weak weak;                   // k, and where the weak columns are
-  const std::uint32_t* codes;  // placed by Layout
-  const scalar_type* scales;   // (padded OC, groups) placed by Layout
-  const zero_type* zeros;      // packed_array<bits> or scalars, in the order of `scales`; or null
-  const scalar_type* weak_values;  // (padded OC, k) placed by Layout
+  index_t out_channels;            // OC
+  index_t in_channels;             // IC
+  index_t groups;                  // groups per row; the last one may be shorter
+  index_t columns_per_group;       // dense columns that share a scale, at least 1
+  Weak weak;                       // k, and where the weak columns are
+  const std::uint32_t* codes;      // placed by Layout, as everything that follows
+  const scalar_type* scales;       // null when there are no groups
+  const zero_type* zeros;          // words of packed fields, or scalars; null for symmetric formats
+  const scalar_type* weak_values;  // null when k = 0
 
   /// k
   QEFT_HOST_DEVICE constexpr index_t weak_columns() const noexcept { return weak.count(); }
@@ -47,18 +48,13 @@ struct quantized_matrix_view {
   QEFT_HOST_DEVICE constexpr index_t dense_columns() const noexcept {
     return in_channels - weak.count();
   }
-  /// Dense columns that share a scale; per_channel is resolved to IC - k (at least 1).
-  QEFT_HOST_DEVICE constexpr index_t group_size() const noexcept {
-    const index_t g = Format::group_size == dynamic ? run_time_group : Format::group_size;
-    if (g != per_channel) return g;
-    return dense_columns() > 0 ? dense_columns() : 1;
-  }
-  /// Groups per row; the last one may be shorter.
-  QEFT_HOST_DEVICE constexpr index_t groups() const noexcept {
-    return ceil_div(dense_columns(), group_size());
+  /// Group of dense column i.
+  QEFT_HOST_DEVICE constexpr index_t group_of(index_t i) const noexcept {
+    if constexpr (Format::group_size == per_channel) return 0;
+    return quotient(i, Format::group_size > 0 ? Format::group_size : columns_per_group);
   }
   QEFT_HOST_DEVICE constexpr layout::extent extent() const noexcept {
-    return {out_channels, dense_columns(), groups(), weak_columns()};
+    return {out_channels, dense_columns(), groups, weak_columns(), Format::zero};
   }
 };
 
@@ -74,16 +70,13 @@ template <class F, class W, class L, class M>
 QEFT_HOST_DEVICE group_params read_params(const quantized_matrix_view<F, W, L, M>& w,
                                                  index_t n, index_t g) noexcept {
   const layout::extent e = w.extent();
-  const index_t at = L::param_index(e, n, g);
-  const float scale = to_float(w.scales[at]);
+  const float scale = to_float(w.scales[L::scale_index(e, n, g)]);
   if constexpr (F::zero == zero_kind::symmetric) {
     return {scale, static_cast<float>(F::mid_code)};
   } else if constexpr (F::zero == zero_kind::scaled) {
-    return {scale, to_float(w.zeros[at])};
+    return {scale, to_float(w.zeros[L::zero_index(e, n, g)])};
   } else {
-    const index_t count = L::padded_rows(e.out_channels) * e.groups;
-    const unsigned z =
-        gather_code<F::bits>(w.zeros, typename packed_array<F::bits>::place{at, count});
+    const unsigned z = gather_code<F::bits>(w.zeros, layout::zero_place<L, F::bits>{e, n, g});
     return {scale, static_cast<float>(z)};
   }
 }
@@ -92,7 +85,7 @@ QEFT_HOST_DEVICE group_params read_params(const quantized_matrix_view<F, W, L, M
 template <class F, class W, class L, class M>
 QEFT_HOST_DEVICE float dense_weight(const quantized_matrix_view<F, W, L, M>& w, index_t n,
                                            index_t i) noexcept {
-  return dequantize_code<F>(read_code(w, n, i), read_params(w, n, i / w.group_size()));
+  return dequantize_code<F>(read_code(w, n, i), read_params(w, n, w.group_of(i)));
 }
 
 /// The weight of output channel n and weak column j.

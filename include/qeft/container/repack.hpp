@@ -5,90 +5,170 @@
 
 #include "qeft/container/quantized_matrix.hpp"
 #include "qeft/core/on_host.hpp"
+#include "qeft/layout/simd_tile.hpp"
 
 namespace qeft {
-
 inline namespace QEFT_TARGET {
 namespace detail {
 
-/// The planes of 32 consecutive dense codes of row n starting at column `first` (a multiple of 32),
-/// as if they were a packed_array of their own: `Bits` words. Codes at and beyond IC - k are zero.
-template <int Bits, class Layout>
-void read_block(const std::uint32_t* words, const layout::extent& e, index_t n, index_t first,
-                std::uint32_t* block) noexcept {
-  using planes = bit_planes<Bits>;
-  const index_t count = e.dense - first < 32 ? e.dense - first : 32;
-  for (int p = 0; p < planes::count; ++p) {
-    const int width = planes::width(p);
-    const std::uint32_t mask = (1U << static_cast<unsigned>(width)) - 1U;
-    std::uint32_t* out = block + planes::shift(p);
-    for (int w = 0; w < width; ++w) out[w] = 0;
-    for (index_t c = 0; c < count; ++c) {
-      const code_address at = Layout::template locate<Bits>(e, p, n, first + c);
-      const std::uint32_t field = (words[at.word] >> static_cast<unsigned>(at.shift)) & mask;
-      const index_t bit = c * width;
-      out[bit / 32] |= field << static_cast<unsigned>(bit % 32);
-    }
+/// Moves 32 dense codes of row n from column k, a multiple of 32, in `words` of a layout, to and from
+/// a block: `Bits` words that hold them as a packed_array of their own. Code by code, for any layout.
+template <class Layout>
+struct block_access {
+  template <int Bits>
+  static void read(const std::uint32_t* words, const layout::extent& e, index_t n, index_t k,
+                   std::uint32_t* block) noexcept {
+    for (int w = 0; w < Bits; ++w) block[w] = 0;
+    for_each_field<Bits>(e, n, k, [&](code_address at, code_address in_block, std::uint32_t mask) {
+      block[in_block.word] |= ((words[at.word] >> at.shift) & mask) << in_block.shift;
+    });
   }
-}
+  /// @pre the words hold zeros where the codes go
+  template <int Bits>
+  static void write(std::uint32_t* words, const layout::extent& e, index_t n, index_t k,
+                    const std::uint32_t* block) noexcept {
+    for_each_field<Bits>(e, n, k, [&](code_address at, code_address in_block, std::uint32_t mask) {
+      words[at.word] |= ((block[in_block.word] >> in_block.shift) & mask) << at.shift;
+    });
+  }
 
-/// The counterpart of read_block: writes into words that hold zeros.
-template <int Bits, class Layout>
-void write_block(std::uint32_t* words, const layout::extent& e, index_t n, index_t first,
-                 const std::uint32_t* block) noexcept {
-  using planes = bit_planes<Bits>;
-  const index_t count = e.dense - first < 32 ? e.dense - first : 32;
-  for (int p = 0; p < planes::count; ++p) {
-    const int width = planes::width(p);
-    const std::uint32_t mask = (1U << static_cast<unsigned>(width)) - 1U;
-    const std::uint32_t* in = block + planes::shift(p);
-    for (index_t c = 0; c < count; ++c) {
-      const index_t bit = c * width;
-      const std::uint32_t field = (in[bit / 32] >> static_cast<unsigned>(bit % 32)) & mask;
-      const code_address at = Layout::template locate<Bits>(e, p, n, first + c);
-      words[at.word] |= field << static_cast<unsigned>(at.shift);
+ private:
+  template <int Bits, class Body>
+  static void for_each_field(const layout::extent& e, index_t n, index_t k, const Body& body) {
+    const index_t count = e.dense - k < 32 ? e.dense - k : 32;
+    for (int p = 0; p < bit_planes<Bits>::count; ++p) {
+      const std::uint32_t mask = (1U << static_cast<unsigned>(bit_planes<Bits>::width(p))) - 1U;
+      for (index_t c = 0; c < count; ++c) {
+        body(layout::locate<Layout, Bits>(e, p, n, k + c), packed_array<Bits>::locate(p, c, 32),
+             mask);
+      }
     }
   }
-}
+};
+
+/// A row of row_packed holds each plane of a block as it is.
+template <>
+struct block_access<layout::row_packed> {
+  template <int Bits>
+  static void read(const std::uint32_t* words, const layout::extent& e, index_t n, index_t k,
+                   std::uint32_t* block) noexcept {
+    for (int p = 0; p < bit_planes<Bits>::count; ++p) {
+      const std::uint32_t* from = words + layout::row_packed::tile_word<Bits>(e, p, n, k / 32);
+      const index_t stored = stored_words<Bits>(e, p, k);
+      std::uint32_t* to = block + bit_planes<Bits>::shift(p);
+      for (index_t w = 0; w < bit_planes<Bits>::width(p); ++w) to[w] = w < stored ? from[w] : 0;
+    }
+  }
+  template <int Bits>
+  static void write(std::uint32_t* words, const layout::extent& e, index_t n, index_t k,
+                    const std::uint32_t* block) noexcept {
+    for (int p = 0; p < bit_planes<Bits>::count; ++p) {
+      std::uint32_t* to = words + layout::row_packed::tile_word<Bits>(e, p, n, k / 32);
+      const std::uint32_t* from = block + bit_planes<Bits>::shift(p);
+      for (index_t w = 0; w < stored_words<Bits>(e, p, k); ++w) to[w] = from[w];
+    }
+  }
+
+ private:
+  /// Words of plane p that a row has from column k on, at most a block's.
+  template <int Bits>
+  static index_t stored_words(const layout::extent& e, int p, index_t k) noexcept {
+    const index_t columns = e.dense - k < 32 ? e.dense - k : 32;
+    return ceil_div(columns * bit_planes<Bits>::width(p), 32);
+  }
+};
+
+/// A row of a tile of simd_tile holds the words of a block at a distance, those of a 1-bit plane with
+/// its two halves interleaved.
+template <>
+struct block_access<layout::simd_tile> {
+  using layout_type = layout::simd_tile;
+
+  template <int Bits>
+  static void read(const std::uint32_t* words, const layout::extent& e, index_t n, index_t k,
+                   std::uint32_t* block) noexcept {
+    const std::uint32_t* row = words + first_word<Bits>(e, n, k);
+    for (int w = 0; w < Bits; ++w) block[w] = row[w * layout_type::rows];
+    for (int p = 0; p < bit_planes<Bits>::count; ++p) {
+      if (bit_planes<Bits>::width(p) != 1) continue;
+      std::uint32_t& word = block[bit_planes<Bits>::shift(p)];
+      word = even_bits(word) | even_bits(word >> 1U) << 16U;
+    }
+  }
+  template <int Bits>
+  static void write(std::uint32_t* words, const layout::extent& e, index_t n, index_t k,
+                    const std::uint32_t* block) noexcept {
+    std::uint32_t* row = words + first_word<Bits>(e, n, k);
+    for (int w = 0; w < Bits; ++w) row[w * layout_type::rows] = block[w];
+    for (int p = 0; p < bit_planes<Bits>::count; ++p) {
+      if (bit_planes<Bits>::width(p) != 1) continue;
+      const int w = bit_planes<Bits>::shift(p);
+      row[w * layout_type::rows] = spread(block[w] & 0xffffU) | spread(block[w] >> 16U) << 1U;
+    }
+  }
+
+ private:
+  template <int Bits>
+  static index_t first_word(const layout::extent& e, index_t n, index_t k) noexcept {
+    return layout_type::tile_word<Bits>(e, 0, n / layout_type::rows, k / 32) +
+           n % layout_type::rows;
+  }
+  /// Bits 0, 2, 4 ... 30 of x at 0 .. 15.
+  static std::uint32_t even_bits(std::uint32_t x) noexcept {
+    x &= 0x55555555U;
+    x = (x | x >> 1U) & 0x33333333U;
+    x = (x | x >> 2U) & 0x0f0f0f0fU;
+    x = (x | x >> 4U) & 0x00ff00ffU;
+    return (x | x >> 8U) & 0x0000ffffU;
+  }
+  /// The inverse.
+  static std::uint32_t spread(std::uint32_t x) noexcept {
+    x = (x | x << 8U) & 0x00ff00ffU;
+    x = (x | x << 4U) & 0x0f0f0f0fU;
+    x = (x | x << 2U) & 0x33333333U;
+    return (x | x << 1U) & 0x55555555U;
+  }
+};
+
+/// Rows whose codes may share words in a layout, at least.
+template <class Layout>
+inline constexpr index_t rows_apart = Layout::rows < 32 ? 32 : Layout::rows;
 
 }  // namespace detail
-}  // namespace QEFT_TARGET
 
-/// The same layer in layout `To`: every read_code, read_params and weak_weight is unchanged.
-/// Rows are spread over the executor's threads in multiples of 32, so that no two threads write to
-/// one word.
-template <class To, class From>
-quantized_matrix<To> repack(const on_host& exec, const quantized_matrix<From>& from) {
+/// The same layer in layout `To`: every read_code, read_params and weak_weight is unchanged. Throws
+/// std::bad_alloc. Layouts other than row_packed and simd_tile are read and written code by code.
+template <class To, class From, class Memory>
+quantized_matrix<To, Memory> repack(const on_host& exec,
+                                    const quantized_matrix<From, Memory>& from) {
+  static_assert(is_host_accessible_v<Memory>, "qeft::repack(on_host): the matrix must be in host memory");
   const matrix_descriptor& d = from.descriptor();
-  quantized_matrix<To> to(d, from.weak_index());
+  if (d.out_channels == 0) return {};  // made without arguments, or moved from
+  quantized_matrix<To, Memory> to(d, from.weak_index(), from.memory());
   const layout::extent e = d.extent();
-  const auto* from_words = reinterpret_cast<const std::uint32_t*>(from.codes().data());
-  auto* to_words = reinterpret_cast<std::uint32_t*>(to.codes().data());
-  const auto* from_weak = reinterpret_cast<const std::uint16_t*>(from.weak().data());
-  auto* to_weak = reinterpret_cast<std::uint16_t*>(to.weak().data());
 
+  // No two threads write to one word: rows are handed out in whole tiles.
   visit_bits(d.bits, [&](auto bits) {
-    exec.parallel_for(e.out_channels, 32, [&](index_t begin, index_t end) {
+    exec.parallel_for(e.out_channels, detail::rows_apart<To>, [&](index_t begin, index_t end) {
       std::uint32_t block[bits];
       for (index_t n = begin; n < end; ++n) {
         for (index_t k = 0; k < e.dense; k += 32) {
-          detail::read_block<bits, From>(from_words, e, n, k, block);
-          detail::write_block<bits, To>(to_words, e, n, k, block);
+          detail::block_access<From>::template read<bits>(from.code_words(), e, n, k, block);
+          detail::block_access<To>::template write<bits>(to.code_words(), e, n, k, block);
         }
-        for (index_t j = 0; j < e.weak; ++j) {
-          to_weak[To::weak_index(e, n, j)] = from_weak[From::weak_index(e, n, j)];
-        }
+        for (index_t j = 0; j < e.weak; ++j) to.write_weak(n, j, from.read_weak(n, j));
       }
     });
-    // Packed zero points of neighbouring rows share words: one thread.
-    for (index_t n = 0; n < e.out_channels; ++n) {
-      for (index_t g = 0; g < e.groups; ++g) {
-        const auto [scale, zero] = from.read_params_bits(n, g);
-        to.write_params(n, g, scale, zero);
-      }
-    }
   });
+  // Packed zero points of any rows may share words: one thread.
+  for (index_t n = 0; n < e.out_channels; ++n) {
+    for (index_t g = 0; g < e.groups; ++g) {
+      const stored_params params = from.read_params(n, g);
+      to.write_params(n, g, params.scale_bits, params.zero);
+    }
+  }
   return to;
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft

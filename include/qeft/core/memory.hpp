@@ -2,6 +2,8 @@
 // Memory-space tags and a minimal span.
 #pragma once
 
+#include <cstddef>
+#include <new>
 #include <type_traits>
 #include <utility>
 
@@ -9,9 +11,22 @@
 
 namespace qeft {
 
-/// Where a view's pointers may be dereferenced. A wrong space is a compile error.
-struct host_memory {};
-struct device_memory {};
+/// Where a view's pointers may be dereferenced, and where an owner gets its memory (see buffer.hpp).
+/// A wrong space is a compile error.
+struct host_memory {
+  using space = host_memory;
+  static constexpr std::size_t alignment = 64;  // cache lines: SIMD tiles never straddle them
+
+  static QEFT_ALWAYS_INLINE void* allocate(std::size_t bytes) {
+    return ::operator new (bytes, std::align_val_t{alignment});
+  }
+  static QEFT_ALWAYS_INLINE void deallocate(void* p, std::size_t) noexcept {
+    ::operator delete (p, std::align_val_t{alignment});
+  }
+};
+struct device_memory {
+  using space = device_memory;
+};
 
 /// A pointer and a length; trivially copyable (std::span is C++20).
 template <class T>
@@ -33,6 +48,16 @@ class span {
   QEFT_HOST_DEVICE constexpr T& operator[](index_t i) const noexcept { return data_[i]; }
   QEFT_HOST_DEVICE constexpr T* begin() const noexcept { return data_; }
   QEFT_HOST_DEVICE constexpr T* end() const noexcept { return data_ + size_; }
+
+  /// Whether the elements are equal.
+  QEFT_HOST_DEVICE friend constexpr bool operator==(span a, span b) noexcept {
+    if (a.size_ != b.size_) return false;
+    for (index_t i = 0; i < a.size_; ++i) {
+      if (!(a.data_[i] == b.data_[i])) return false;
+    }
+    return true;
+  }
+  QEFT_HOST_DEVICE friend constexpr bool operator!=(span a, span b) noexcept { return !(a == b); }
 
  private:
   T* data_ = nullptr;

@@ -10,7 +10,7 @@ inline namespace QEFT_TARGET {
 namespace cpu::detail {
 
 inline constexpr index_t tile_rows = layout::simd_tile::rows;
-inline constexpr index_t tile_columns = layout::simd_tile::columns;
+inline constexpr index_t tile_columns = layout::simd_tile::columns<8>;  // of every width
 
 /// One float, word ... for each row of a tile.
 template <class Isa>

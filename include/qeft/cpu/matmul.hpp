@@ -79,16 +79,15 @@ void launch(const Executor& exec, const quantized_matrix_view<F, W, L>& w, const
 /// An error that lists what is built in, unless one of `Formats` fits the descriptor.
 template <class... Formats>
 void check_built_in(const matrix_descriptor& d, const format_list<Formats...>& built_in) {
-  if (!(format_matches<Formats>(d) || ...))
-    qeft::detail::visit_format_in(
-        d, [](auto) {}, built_in);
+  if (!(format_matches<Formats>(d) || ...)) qeft::detail::fail_format(d, built_in);
 }
 template <int Bits, class... Formats>
 constexpr bool has_width(const format_list<Formats...>&) {
   return ((Formats::bits == Bits) || ...);
 }
 /// The runs of a layer whose weak policy is known at run time.
-inline run_list make_runs(const quantized_matrix<layout::simd_tile>& w) {
+template <class M>
+run_list make_runs(const quantized_matrix<layout::simd_tile, M>& w) {
   run_list runs;
   const matrix_descriptor& d = w.descriptor();
   visit_weak(d, w.weak_index().data(), [&](const auto& weak) { runs.assign(weak, d.in_channels); });
@@ -96,8 +95,8 @@ inline run_list make_runs(const quantized_matrix<layout::simd_tile>& w) {
 }
 
 /// A layer whose format is known at run time: compiled per code width, not per format.
-template <bool Batch, class Formats, class Executor, class X, class Y, class Epilogue>
-void launch(const Executor& exec, const quantized_matrix<layout::simd_tile>& w, const X* x,
+template <bool Batch, class Formats, class Executor, class M, class X, class Y, class Epilogue>
+void launch(const Executor& exec, const quantized_matrix<layout::simd_tile, M>& w, const X* x,
             index_t tokens, Y* y, const Epilogue& epilogue) {
   using activation = typename policies<Executor>::activation;
   using isa = typename policies<Executor>::isa;
@@ -115,8 +114,8 @@ void launch(const Executor& exec, const quantized_matrix<layout::simd_tile>& w, 
 }
 
 /// The same over any other layout: compiled per format, slow.
-template <bool, class Formats, class Executor, class L, class X, class Y, class Epilogue>
-void launch(const Executor& exec, const quantized_matrix<L>& w, const X* x, index_t tokens, Y* y,
+template <bool, class Formats, class Executor, class L, class M, class X, class Y, class Epilogue>
+void launch(const Executor& exec, const quantized_matrix<L, M>& w, const X* x, index_t tokens, Y* y,
             const Epilogue& epilogue) {
   w.template visit<Formats>(
       [&](const auto& view) { multiply_by_definition(exec, view, x, tokens, y, epilogue); });
@@ -152,9 +151,12 @@ status supports_gemm(const Executor&, const quantized_matrix_view<F, W, L>& w, c
              " weak columns, but must have at least one row and column and at most in_channels "
              "weak columns"));
   }
-  if (F::group_size == dynamic && !is_supported_group_size(w.run_time_group)) {
-    return cpu::detail::refuse(text("gemm: w has run_time_group = ", w.run_time_group,
-                                    ", but must have a positive multiple of 32, or -1"));
+  if (w.columns_per_group < 1 || w.groups != ceil_div(w.dense_columns(), w.columns_per_group) ||
+      (w.groups > 1 && w.columns_per_group % 32 != 0)) {
+    return cpu::detail::refuse(
+        text("gemm: w has groups = ", w.groups, " and columns_per_group = ", w.columns_per_group,
+             ", but its ", w.dense_columns(),
+             " dense columns need groups of a multiple of 32, or one for all"));
   }
   const bool no_zeros = F::zero != zero_kind::symmetric && w.zeros == nullptr;
   const bool no_codes =
@@ -169,9 +171,10 @@ status supports_gemm(const Executor&, const quantized_matrix_view<F, W, L>& w, c
 }
 
 /// supports_gemm of a layer whose format is known at run time, all but whether that is built in.
-template <class Executor, class L, class X, class Y, class = cpu::detail::if_host<Executor>>
-status supports_gemm(const Executor&, const quantized_matrix<L>& w, const X* x, index_t tokens,
+template <class Executor, class L, class M, class X, class Y, class = cpu::detail::if_host<Executor>>
+status supports_gemm(const Executor&, const quantized_matrix<L, M>& w, const X* x, index_t tokens,
                      const Y* y) {
+  static_assert(is_host_accessible_v<M>, "qeft::gemm: the matrix must be in host memory");
   if (status s = validate(w.descriptor()); !s.ok()) return s;  // moved from, or never filled
   return cpu::detail::check_operands(tokens, x, y);
 }
@@ -214,9 +217,9 @@ status gemv(const Executor& exec, const quantized_matrix_view<F, W, L>& w, const
 
 /// gemm of a layer whose format is known at run time, out of Formats. A format that is not built in
 /// is errc::unsupported.
-template <class Formats = default_formats, class Executor, class L, class X, class Y,
+template <class Formats = default_formats, class Executor, class L, class M, class X, class Y,
           class Epilogue = epilogue::none, class = cpu::detail::if_host<Executor>>
-status gemm(const Executor& exec, const quantized_matrix<L>& w, const X* x, index_t tokens, Y* y,
+status gemm(const Executor& exec, const quantized_matrix<L, M>& w, const X* x, index_t tokens, Y* y,
             const Epilogue& epilogue = {}) {
   cpu::detail::check_types<Executor, L, X, Y, Epilogue>();
   if (status s = supports_gemm(exec, w, x, tokens, y); !s.ok()) return s;
@@ -225,9 +228,9 @@ status gemm(const Executor& exec, const quantized_matrix<L>& w, const X* x, inde
 }
 
 /// gemv of a layer whose format is known at run time, out of Formats.
-template <class Formats = default_formats, class Executor, class L, class X, class Y,
+template <class Formats = default_formats, class Executor, class L, class M, class X, class Y,
           class Epilogue = epilogue::none, class = cpu::detail::if_host<Executor>>
-status gemv(const Executor& exec, const quantized_matrix<L>& w, const X* x, Y* y,
+status gemv(const Executor& exec, const quantized_matrix<L, M>& w, const X* x, Y* y,
             const Epilogue& epilogue = {}) {
   cpu::detail::check_types<Executor, L, X, Y, Epilogue>();
   if (status s = supports_gemm(exec, w, x, 1, y); !s.ok()) return s;

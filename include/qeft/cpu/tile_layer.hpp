@@ -25,21 +25,15 @@ struct tile_layer {
 
 template <class F, class W>
 tile_layer make_tile_layer(const quantized_matrix_view<F, W, layout::simd_tile>& w) {
-  return {w.extent(), w.group_size(), F::zero, scalar_kind_of<typename F::scalar_type>::value,
+  return {w.extent(), w.columns_per_group, F::zero, scalar_kind_of<typename F::scalar_type>::value,
           w.codes,    w.scales,       w.zeros, w.weak_values};
 }
 
-inline tile_layer make_tile_layer(const quantized_matrix<layout::simd_tile>& w) {
+template <class M>
+tile_layer make_tile_layer(const quantized_matrix<layout::simd_tile, M>& w) {
   const matrix_descriptor& d = w.descriptor();
-  const void* codes = w.codes().data();
-  return {d.extent(),
-          d.columns_per_group(),
-          d.zero,
-          d.scalar,
-          static_cast<const std::uint32_t*>(codes),
-          w.scales().data(),
-          w.zeros().data(),
-          w.weak().data()};
+  return {d.extent(),           d.columns_per_group(), d.zero,           d.scalar, w.code_words(),
+          w.scales().data(),    w.zeros().data(),      w.weak().data()};
 }
 
 /// body(pointer to the layer's scalar type)
@@ -69,19 +63,21 @@ template <int Bits, class Isa>
 group_lanes<Isa> load_group(const tile_layer& w, index_t tile, index_t group) {
   using rows = row_vectors<Isa>;
   using planes = bit_planes<Bits>;
-  const index_t first = layout::simd_tile::param_index(w.extent, tile * tile_rows, group);
+  const index_t first = layout::simd_tile::scale_index(w.extent, tile * tile_rows, group);
   const auto scale = load_rows<Isa>(w.scalar, w.scales, first);
   if (w.zero == zero_kind::scaled) return {scale, load_rows<Isa>(w.scalar, w.zeros, first)};
   const float minus_one = -1.0F;
   const float minus_mid = -static_cast<float>(1U << (Bits - 1));
   if (w.zero == zero_kind::symmetric) return {scale, rows::mul(scale, Isa::broadcast(&minus_mid))};
 
-  const auto* packed = static_cast<const std::uint32_t*>(w.zeros);
-  const index_t count = layout::simd_tile::padded_rows(w.extent.out_channels) * w.extent.groups;
-  auto zero = rows::template unpack<planes::width(0)>(packed, first);
+  const auto* words = static_cast<const std::uint32_t*>(w.zeros);
+  const auto plane = [&](int p) {
+    return words +
+           layout::simd_tile::locate_zero<Bits>(w.extent, p, tile * tile_rows, group).word;
+  };
+  auto zero = rows::template unpack<planes::width(0)>(plane(0), 0);
   if constexpr (planes::count == 2) {
-    packed += packed_array<Bits>::plane_words(0, count);
-    zero = zero | (rows::template unpack<planes::width(1)>(packed, first) << planes::shift(1));
+    zero = zero | (rows::template unpack<planes::width(1)>(plane(1), 0) << planes::shift(1));
   }
   const auto minus_zero = rows::mul(rows::to_floats(zero), Isa::broadcast(&minus_one));
   return {scale, rows::mul(scale, minus_zero)};

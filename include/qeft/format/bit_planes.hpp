@@ -7,23 +7,36 @@
 
 namespace qeft {
 
-constexpr bool is_supported_bits(int bits) {
-  return bits == 2 || bits == 3 || bits == 4 || bits == 8;
+/// A list of code widths.
+template <int... Bits>
+struct width_list {
+  QEFT_HOST_DEVICE static constexpr bool contains(int bits) noexcept {
+    return ((bits == Bits) || ...);
+  }
+};
+
+/// The code widths that are built in. How each is stored follows from bit_planes.
+using supported_widths = width_list<2, 3, 4, 8>;
+
+QEFT_HOST_DEVICE constexpr bool is_supported_bits(int bits) noexcept {
+  return supported_widths::contains(bits);
 }
 
-/// The planes of a `Bits`-bit code, lowest bits first.
+/// The planes of a `Bits`-bit code, lowest bits first: the widest power of two that fits, then a
+/// second plane for the bits that are left, if any.
 template <int Bits>
 struct bit_planes {
   static_assert(is_supported_bits(Bits), "qeft::bit_planes: Bits must be 2, 3, 4 or 8");
 
-  static constexpr int count = Bits == 3 ? 2 : 1;
+  static constexpr int low_width = Bits >= 8 ? 8 : Bits >= 4 ? 4 : 2;
+  static constexpr int count = Bits > low_width ? 2 : 1;
 
-  /// Bits of the code held by plane p.
+  /// Bits of the code held by plane p: a power of two.
   QEFT_HOST_DEVICE static constexpr int width(int p) noexcept {
-    return Bits == 3 ? (p == 0 ? 2 : 1) : Bits;
+    return p == 0 ? low_width : Bits - low_width;
   }
   /// Position in the code of the lowest bit of plane p.
-  QEFT_HOST_DEVICE static constexpr int shift(int p) noexcept { return p == 0 ? 0 : 2; }
+  QEFT_HOST_DEVICE static constexpr int shift(int p) noexcept { return p == 0 ? 0 : low_width; }
 };
 
 /// A field of a 32-bit word.
@@ -56,8 +69,7 @@ struct packed_array {
     return {first + bit / 32, static_cast<int>(bit % 32)};
   }
 
-  /// locate for one code, as gather_code and scatter_code want it. (A type, because CUDA C++ does
-  /// not let host-device functions call the lambda of a host function.)
+  /// locate for one code, as gather_code and scatter_code want it.
   struct place {
     index_t i;
     index_t count;

@@ -2,8 +2,8 @@
 // Where the k weak (full-precision) columns sit among the IC input columns (METHOD section 1).
 //
 // Every policy is a bijection between input columns and two dense blocks: the IC - k robust
-// columns, numbered i in falling-into-place order, and the k weak ones, numbered j. Weak columns
-// have no code.
+// columns, numbered i, and the k weak ones, numbered j, both in ascending order. Weak columns have no
+// code.
 #pragma once
 
 #include "qeft/core/math.hpp"
@@ -18,9 +18,6 @@ struct column_location {
   index_t index;  // i among the dense columns, or j among the weak ones
 };
 
-inline namespace QEFT_TARGET {
-namespace detail {
-
 /// A number of weak columns that is known at compile time, or stored.
 template <index_t K>
 struct weak_count {
@@ -33,11 +30,8 @@ struct weak_count<dynamic> {
   QEFT_HOST_DEVICE constexpr index_t count() const noexcept { return k; }
 };
 
-}  // namespace detail
-}  // namespace QEFT_TARGET
-
 /// No weak columns.
-struct weak_none : detail::weak_count<0> {
+struct weak_none : weak_count<0> {
   static constexpr weak_kind kind = weak_kind::none;
 
   QEFT_HOST_DEVICE constexpr index_t dense_column(index_t i, index_t) const noexcept { return i; }
@@ -50,7 +44,7 @@ struct weak_none : detail::weak_count<0> {
 
 /// The last k input columns: what Offline Global Reordering arranges. No index is stored.
 template <index_t K = dynamic>
-struct weak_tail : detail::weak_count<K> {
+struct weak_tail : weak_count<K> {
   static constexpr weak_kind kind = weak_kind::tail;
 
   /// Input column of dense column i, 0 <= i < in_channels - k.
@@ -69,7 +63,7 @@ struct weak_tail : detail::weak_count<K> {
 /// Anywhere: `index` lists the weak input columns in ascending order (OWQ's format; o_proj in the
 /// paper). The maps cost a binary search.
 template <index_t K = dynamic>
-struct weak_indexed : detail::weak_count<K> {
+struct weak_indexed : weak_count<K> {
   static constexpr weak_kind kind = weak_kind::indexed;
   const std::int32_t* index = nullptr;  // (k), ascending, without duplicates
 
@@ -109,26 +103,27 @@ struct weak_indexed : detail::weak_count<K> {
 /// The last k / heads channels of each of `heads` equal heads: what reordering inside value heads
 /// arranges for o_proj. Structured, no index.
 template <index_t K = dynamic>
-struct weak_per_head : detail::weak_count<K> {
+struct weak_per_head : weak_count<K> {
   static constexpr weak_kind kind = weak_kind::per_head;
   index_t heads = 1;  // divides k and in_channels
 
   QEFT_HOST_DEVICE constexpr index_t dense_column(index_t i, index_t in_channels) const noexcept {
-    const index_t dense_per_head = (in_channels - this->count()) / heads;
-    return i + (dense_per_head == 0 ? 0 : i / dense_per_head) * (this->count() / heads);
+    const index_t dense_per_head = quotient(in_channels - this->count(), heads);
+    const index_t head = dense_per_head == 0 ? 0 : quotient(i, dense_per_head);
+    return i + head * quotient(this->count(), heads);
   }
   QEFT_HOST_DEVICE constexpr index_t weak_column(index_t j, index_t in_channels) const noexcept {
-    const index_t weak_per = this->count() / heads;
-    const index_t head_dim = in_channels / heads;
-    const index_t head = j / weak_per;
-    return (head + 1) * head_dim - weak_per + j % weak_per;
+    const index_t weak_per = quotient(this->count(), heads);
+    const index_t head_dim = quotient(in_channels, heads);
+    const index_t head = quotient(j, weak_per);
+    return (head + 1) * head_dim - weak_per + (j - head * weak_per);
   }
   QEFT_HOST_DEVICE constexpr column_location locate(index_t column,
                                                     index_t in_channels) const noexcept {
-    const index_t weak_per = this->count() / heads;
-    const index_t head_dim = in_channels / heads;
-    const index_t head = column / head_dim;
-    const index_t channel = column % head_dim;
+    const index_t weak_per = quotient(this->count(), heads);
+    const index_t head_dim = quotient(in_channels, heads);
+    const index_t head = quotient(column, head_dim);
+    const index_t channel = column - head * head_dim;
     const index_t dense_per_head = head_dim - weak_per;
     return channel < dense_per_head
                ? column_location{false, head * dense_per_head + channel}

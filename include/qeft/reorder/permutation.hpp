@@ -2,6 +2,7 @@
 // Validated permutations and their application to dense matrices and vectors.
 #pragma once
 
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -9,9 +10,10 @@
 #include "qeft/core/checked_product.hpp"
 #include "qeft/core/math.hpp"
 #include "qeft/core/memory.hpp"
+#include "qeft/core/status.hpp"
+#include "qeft/core/text.hpp"
 
 namespace qeft {
-
 inline namespace QEFT_TARGET {
 namespace detail {
 
@@ -19,11 +21,10 @@ namespace detail {
 inline void check_size(const char* function, index_t size) {
   if (size >= 0 && size <= std::numeric_limits<std::int32_t>::max()) return;
   fail(errc::invalid_argument,
-       std::string(function) + ": size is " + std::to_string(size) + ", but must be in [0, 2^31)");
+       text(function, ": size is ", size, ", but must be in [0, 2^31)"));
 }
 
 }  // namespace detail
-}  // namespace QEFT_TARGET
 
 /// A bijection of [0, size). Applying it to a vector x gives y with y[i] = x[source(i)].
 class permutation {
@@ -31,8 +32,7 @@ class permutation {
   permutation() = default;
 
   /// @param source source[i] is the old index that moves to position i; throws qeft::error naming
-  /// the
-  ///               first entry that is out of range or repeated
+  ///               the first entry that is out of range or repeated
   explicit permutation(std::vector<std::int32_t> source) : source_(std::move(source)) {
     const auto n = static_cast<index_t>(source_.size());
     std::vector<bool> seen(source_.size(), false);
@@ -40,9 +40,8 @@ class permutation {
       const std::int32_t s = source_[static_cast<std::size_t>(i)];
       if (s < 0 || s >= n || seen[static_cast<std::size_t>(s)]) {
         fail(errc::invalid_argument,
-             "permutation: source[" + std::to_string(i) + "] is " + std::to_string(s) +
-                 (s < 0 || s >= n ? ", but must be in [0, " + std::to_string(n) + ")"
-                                  : ", which occurs twice"));
+             text("permutation: source[", i, "] is ", s,
+                  s < 0 || s >= n ? text(", but must be in [0, ", n, ")") : ", which occurs twice"));
       }
       seen[static_cast<std::size_t>(s)] = true;
     }
@@ -90,8 +89,8 @@ class permutation {
 /// The permutation that applies `first`, then `second`.
 inline permutation compose(const permutation& first, const permutation& second) {
   if (first.size() != second.size()) {
-    fail(errc::invalid_argument, "compose: sizes are " + std::to_string(first.size()) + " and " +
-                                     std::to_string(second.size()) + ", but must be equal");
+    fail(errc::invalid_argument, text("compose: sizes are ", first.size(), " and ", second.size(),
+                                      ", but must be equal"));
   }
   std::vector<std::int32_t> source(second.source().size());
   for (index_t i = 0; i < second.size(); ++i) {
@@ -116,8 +115,8 @@ inline permutation weak_last(index_t size, const std::vector<std::int32_t>& weak
   }
   if (next != weak.size()) {
     fail(errc::invalid_argument,
-         "weak_last: weak[" + std::to_string(next) + "] is " + std::to_string(weak[next]) +
-             ", but weak must ascend and stay below " + std::to_string(size));
+         text("weak_last: weak[", next, "] is ", weak[next],
+              ", but weak must ascend and stay below ", size));
   }
   source.insert(source.end(), weak.begin(), weak.end());
   return permutation(std::move(source));
@@ -128,8 +127,8 @@ inline permutation weak_last(index_t size, const std::vector<std::int32_t>& weak
 inline permutation weak_last_per_head(index_t size, index_t heads,
                                       const std::vector<std::int32_t>& weak) {
   if (heads < 1 || size % heads != 0) {
-    fail(errc::invalid_argument, "weak_last_per_head: heads is " + std::to_string(heads) +
-                                     ", but must divide size = " + std::to_string(size));
+    fail(errc::invalid_argument,
+         text("weak_last_per_head: heads is ", heads, ", but must divide size = ", size));
   }
   const index_t head_dim = size / heads;
   std::vector<std::int32_t> source;
@@ -141,10 +140,9 @@ inline permutation weak_last_per_head(index_t size, index_t heads,
       local.push_back(static_cast<std::int32_t>(*next - h * head_dim));
     }
     if (static_cast<index_t>(local.size()) * heads != static_cast<index_t>(weak.size())) {
-      fail(errc::invalid_argument, "weak_last_per_head: head " + std::to_string(h) + " holds " +
-                                       std::to_string(local.size()) + " of " +
-                                       std::to_string(weak.size()) +
-                                       " weak channels, but every head must hold equally many");
+      fail(errc::invalid_argument,
+           text("weak_last_per_head: head ", h, " holds ", local.size(), " of ", weak.size(),
+                " weak channels, but every head must hold equally many"));
     }
     const permutation within = weak_last(head_dim, local);
     for (const std::int32_t s : within.source()) {
@@ -159,10 +157,9 @@ inline permutation weak_last_per_head(index_t size, index_t heads,
 /// @param value permutation of heads * head_dim channels that keeps every channel in its head
 inline permutation repeat_heads(const permutation& value, index_t heads, index_t repeats) {
   if (heads < 1 || value.size() % heads != 0 || repeats < 1) {
-    fail(errc::invalid_argument, "repeat_heads: heads is " + std::to_string(heads) +
-                                     " and repeats " + std::to_string(repeats) +
-                                     ", but both must be positive and heads must divide " +
-                                     std::to_string(value.size()));
+    fail(errc::invalid_argument,
+         text("repeat_heads: heads is ", heads, " and repeats ", repeats,
+              ", but both must be positive and heads must divide ", value.size()));
   }
   const index_t head_dim = value.size() / heads;
   std::vector<std::int32_t> source;
@@ -172,9 +169,8 @@ inline permutation repeat_heads(const permutation& value, index_t heads, index_t
       for (index_t c = 0; c < head_dim; ++c) {
         const index_t s = value[h * head_dim + c];
         if (s / head_dim != h) {
-          fail(errc::invalid_argument, "repeat_heads: channel " + std::to_string(s) +
-                                           " moves to head " + std::to_string(h) +
-                                           ", but channels must stay in their head");
+          fail(errc::invalid_argument, text("repeat_heads: channel ", s, " moves to head ", h,
+                                            ", but channels must stay in their head"));
         }
         source.push_back(static_cast<std::int32_t>((h * repeats + r) * head_dim + s % head_dim));
       }
@@ -188,9 +184,8 @@ inline permutation repeat_heads(const permutation& value, index_t heads, index_t
 template <class T>
 void permute_rows(const permutation& p, span<T> data, index_t columns) {
   if (data.size() != checked_product(p.size(), columns, "permute_rows: columns")) {
-    fail(errc::invalid_argument, "permute_rows: the matrix has " + std::to_string(data.size()) +
-                                     " elements, but " + std::to_string(p.size()) + " x " +
-                                     std::to_string(columns) + " are needed");
+    fail(errc::invalid_argument, text("permute_rows: the matrix has ", data.size(),
+                                      " elements, but ", p.size(), " x ", columns, " are needed"));
   }
   const std::vector<T> old(data.begin(), data.end());
   for (index_t i = 0; i < p.size(); ++i) {
@@ -205,9 +200,8 @@ void permute_rows(const permutation& p, span<T> data, index_t columns) {
 template <class T>
 void permute_columns(const permutation& p, span<T> data, index_t rows = 1) {
   if (data.size() != checked_product(p.size(), rows, "permute_columns: rows")) {
-    fail(errc::invalid_argument, "permute_columns: the matrix has " + std::to_string(data.size()) +
-                                     " elements, but " + std::to_string(rows) + " x " +
-                                     std::to_string(p.size()) + " are needed");
+    fail(errc::invalid_argument, text("permute_columns: the matrix has ", data.size(),
+                                      " elements, but ", rows, " x ", p.size(), " are needed"));
   }
   std::vector<T> old(static_cast<std::size_t>(p.size()));
   for (index_t r = 0; r < rows; ++r) {
@@ -217,4 +211,5 @@ void permute_columns(const permutation& p, span<T> data, index_t rows = 1) {
   }
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft

@@ -10,6 +10,7 @@
 #include "qeft/reorder/permutation.hpp"
 
 namespace qeft {
+inline namespace QEFT_TARGET {
 
 /// The layer with output channel i = old output channel p[i]: rows move with their scales, zero
 /// points and weak columns.
@@ -17,9 +18,8 @@ inline quantized_matrix<layout::row_packed> permute_rows(
     const permutation& p, const quantized_matrix<layout::row_packed>& w) {
   const matrix_descriptor& d = w.descriptor();
   if (p.size() != d.out_channels) {
-    fail(errc::invalid_argument, "permute_rows: the permutation has " + std::to_string(p.size()) +
-                                     " entries, but out_channels is " +
-                                     std::to_string(d.out_channels));
+    fail(errc::invalid_argument, text("permute_rows: the permutation has ", p.size(),
+                                      " entries, but out_channels is ", d.out_channels));
   }
   quantized_matrix<layout::row_packed> result(d, w.weak_index());
   const auto move_rows = [&](span<const std::byte> from, span<std::byte> to) {
@@ -33,8 +33,8 @@ inline quantized_matrix<layout::row_packed> permute_rows(
   // Packed zero points are not aligned to rows.
   for (index_t n = 0; n < d.out_channels; ++n) {
     for (index_t g = 0; g < d.groups(); ++g) {
-      const auto [scale, zero] = w.read_params_bits(p[n], g);
-      result.write_params(n, g, scale, zero);
+      const stored_params params = w.read_params(p[n], g);
+      result.write_params(n, g, params.scale_bits, params.zero);
     }
   }
   return result;
@@ -50,13 +50,12 @@ inline quantized_matrix<layout::row_packed> permute_columns(
     const permutation& p, const quantized_matrix<layout::row_packed>& w, index_t heads = 1) {
   const matrix_descriptor& d = w.descriptor();
   if (p.size() != d.in_channels) {
-    fail(errc::invalid_argument, "permute_columns: the permutation has " +
-                                     std::to_string(p.size()) + " entries, but in_channels is " +
-                                     std::to_string(d.in_channels));
+    fail(errc::invalid_argument, text("permute_columns: the permutation has ", p.size(),
+                                      " entries, but in_channels is ", d.in_channels));
   }
   if (heads < 1) {
     fail(errc::invalid_argument,
-         "permute_columns: heads is " + std::to_string(heads) + ", but must be positive");
+         text("permute_columns: heads is ", heads, ", but must be positive"));
   }
   std::vector<std::int32_t> new_index;  // where the weak columns arrive
   std::vector<index_t> weak_source;     // and which they are
@@ -69,10 +68,9 @@ inline quantized_matrix<layout::row_packed> permute_columns(
         weak_source.push_back(from.index);
       } else if (from.index != next_dense++) {
         fail(errc::invalid_argument,
-             "permute_columns: input column " + std::to_string(p[i]) + " moves to " +
-                 std::to_string(i) +
-                 " and changes the order of the quantised columns; only weak "
-                 "columns can move after packing");
+             text("permute_columns: input column ", p[i], " moves to ", i,
+                  " and changes the order of the quantised columns; only weak columns can move "
+                  "after packing"));
       }
     }
   });
@@ -81,8 +79,9 @@ inline quantized_matrix<layout::row_packed> permute_columns(
   to.heads = 1;
   const auto arrives_as = [&](auto weak) {
     for (index_t j = 0; j < d.weak_columns; ++j) {
-      if (weak.weak_column(j, d.in_channels) != new_index[static_cast<std::size_t>(j)])
+      if (weak.weak_column(j, d.in_channels) != new_index[static_cast<std::size_t>(j)]) {
         return false;
+      }
     }
     return true;
   };
@@ -98,8 +97,9 @@ inline quantized_matrix<layout::row_packed> permute_columns(
     to.weak = weak_kind::indexed;
   }
 
+  const span<const std::int32_t> index = new_index;
   quantized_matrix<layout::row_packed> result(
-      to, to.weak == weak_kind::indexed ? new_index : std::vector<std::int32_t>{});
+      to, to.weak == weak_kind::indexed ? index : span<const std::int32_t>{});
   const auto copy = [](span<const std::byte> from, span<std::byte> into) {
     if (!from.empty()) {
       std::memcpy(into.data(), from.data(), static_cast<std::size_t>(from.size()));
@@ -108,14 +108,13 @@ inline quantized_matrix<layout::row_packed> permute_columns(
   copy(w.codes(), result.codes());
   copy(w.scales(), result.scales());
   copy(w.zeros(), result.zeros());
-  const auto* from_weak = reinterpret_cast<const std::uint16_t*>(w.weak().data());
   for (index_t n = 0; n < d.out_channels; ++n) {
     for (index_t j = 0; j < d.weak_columns; ++j) {
-      result.write_weak(n, j,
-                        from_weak[n * d.weak_columns + weak_source[static_cast<std::size_t>(j)]]);
+      result.write_weak(n, j, w.read_weak(n, weak_source[static_cast<std::size_t>(j)]));
     }
   }
   return result;
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft

@@ -109,10 +109,10 @@ class layer_builder {
   index_t group_size() const noexcept { return matrix_.descriptor().columns_per_group(); }
   /// Input columns of the dense columns, ascending.
   const std::vector<std::int32_t>& dense_columns() const noexcept { return dense_columns_; }
-  const std::vector<std::int32_t>& weak_columns() const noexcept { return matrix_.weak_index(); }
+  span<const std::int32_t> weak_columns() const noexcept { return matrix_.weak_index(); }
 
   void set_params(index_t row, index_t group, const group_choice& choice) {
-    const index_t at = layout::row_packed::param_index(extent_, row, group);
+    const index_t at = layout::row_packed::scale_index(extent_, row, group);
     reinterpret_cast<std::uint16_t*>(matrix_.scales().data())[at] = choice.scale_bits;
     if (format_.zero == zero_kind::scaled) {
       reinterpret_cast<std::uint16_t*>(matrix_.zeros().data())[at] = choice.zero;
@@ -136,7 +136,7 @@ class layer_builder {
       const auto stored = from_float<decltype(scalar)>(value);
       if (!std::isfinite(to_float(stored))) {
         fail(errc::not_finite, "quantize_layer: weak column " +
-                                   std::to_string(weak_columns()[static_cast<std::size_t>(j)]) +
+                                   std::to_string(weak_columns()[j]) +
                                    ", row " + std::to_string(row) + " became " +
                                    std::to_string(value) + ", which overflows " +
                                    to_string(format_.scalar));

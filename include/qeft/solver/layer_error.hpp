@@ -34,7 +34,7 @@ inline void dequantize_row(const quantized_matrix<>& m, index_t n, std::vector<s
     visit_weak(d, m.weak_index().data(), [&](auto weak) {
       index_t i = 0;
       for (index_t g = 0; g < e.groups; ++g) {
-        const auto [scale, zero] = m.read_params_bits(n, g);
+        const auto [scale, zero] = m.read_params(n, g);
         const float s = to_float(scalar_type{scale});
         float offset = 0.0F;
         float lower = 0.0F;

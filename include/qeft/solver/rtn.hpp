@@ -34,7 +34,7 @@ inline void solve_rtn(const on_host& exec, const float* w, index_t in_channels,
       }
       builder.set_codes(n, codes.data());
       for (index_t j = 0; j < e.weak; ++j) {
-        builder.set_weak(n, j, row[builder.weak_columns()[static_cast<std::size_t>(j)]]);
+        builder.set_weak(n, j, row[builder.weak_columns()[j]]);
       }
     }
   });

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "qeft/container/matrix_descriptor.hpp"
+#include "qeft/container/storage.hpp"
 #include "qeft/layout/simd_tile.hpp"
 #include "support/catch.hpp"
 #include "support/throws.hpp"

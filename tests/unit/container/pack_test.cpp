@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // pack_array and unpack_array against the element-wise definition of a packed_array.
 #include "qeft/container/pack.hpp"
+#include "qeft/container/visit.hpp"
 
 #include <random>
 #include <vector>

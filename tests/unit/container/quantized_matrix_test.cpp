@@ -3,6 +3,8 @@
 #include "qeft/container/quantized_matrix.hpp"
 
 #include <algorithm>
+#include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -57,8 +59,9 @@ void check_all_formats() {
           for (index_t n = 0; n < d.out_channels; ++n) {
             for (index_t g = 0; g < d.groups(); ++g) {
               const auto at = static_cast<std::size_t>(n * d.groups() + g);
-              const auto [scale, z] = q.read_params_bits(n, g);
-              same = same && scale == layer.scales[at] && z == layer.zeros[at];
+              const qeft::stored_params params = q.read_params(n, g);
+              same = same && params.scale_bits == layer.scales[at] &&
+                     params.zero == layer.zeros[at];
             }
           }
           CHECK(same);
@@ -131,7 +134,8 @@ TEST_CASE("rewriting replaces codes, parameters and weak values") {
     const auto view = q.view<qeft::quant_format<3>>(qeft::weak_tail<>{{7}});
     CHECK(read_code(view, 44, 192) == value);
     CHECK(read_code(view, 44, 191) == 0);
-    CHECK(q.read_params_bits(44, 3) == std::pair<std::uint16_t, unsigned>(value + 100, value));
+    CHECK(q.read_params(44, 3).scale_bits == value + 100);
+    CHECK(q.read_params(44, 3).zero == value);
     CHECK(read_params(view, 44, 3).zero == static_cast<float>(value));
     CHECK(view.weak_values[44 * 7 + 6].bits == value);
   }
@@ -144,8 +148,10 @@ TEST_CASE("views are trivially copyable and resolve the group size") {
                  qeft::quantized_matrix_view<half4, qeft::weak_indexed<>, simd_tile>>);
   const quantized_matrix<> q(shape(weak_kind::tail, 7));
   const fixed view = q.view<qeft::quant_format<4, 64>>(qeft::weak_tail<7>{});
-  CHECK(view.group_size() == 64);
-  CHECK(view.groups() == 4);
+  CHECK(view.columns_per_group == 64);
+  CHECK(view.groups == 4);
+  CHECK(view.group_of(63) == 0);
+  CHECK(view.group_of(64) == 1);
   CHECK(view.dense_columns() == 193);
   CHECK(view.weak_columns() == 7);
 
@@ -153,11 +159,11 @@ TEST_CASE("views are trivially copyable and resolve the group size") {
   d.group_size = qeft::per_channel;
   const quantized_matrix<> weak_only(d);
   const auto empty = weak_only.view<half4>(qeft::weak_tail<>{{200}});
-  CHECK(empty.groups() == 0);
-  CHECK(empty.group_size() == 1);  // never a divisor of zero
+  CHECK(empty.groups == 0);
+  CHECK(empty.columns_per_group == 1);  // never a divisor of zero
   d.weak_columns = 0;
   const quantized_matrix<> dense(d);
-  CHECK(dense.view<half4>(qeft::weak_tail<>{{0}}).group_size() == 200);
+  CHECK(dense.view<half4>(qeft::weak_tail<>{{0}}).columns_per_group == 200);
 }
 
 TEST_CASE("a view of the wrong type is refused") {
@@ -188,7 +194,7 @@ TEST_CASE("a view of the wrong type is refused") {
   heads.heads = 4;
   const quantized_matrix<> p(heads);
   refuse({"heads = 2", "heads = 4"}, [&] { (void)p.view<half4>(qeft::weak_per_head<>{{8}, 2}); });
-  const quantized_matrix<> i(shape(weak_kind::indexed, 2), {3, 5});
+  const quantized_matrix<> i(shape(weak_kind::indexed, 2), std::vector<std::int32_t>{3, 5});
   const std::int32_t same[] = {3, 5};
   const std::int32_t other[] = {3, 6};
   CHECK(i.view<half4>(qeft::weak_indexed<>{{2}, same}).weak_columns() == 2);
@@ -219,8 +225,8 @@ TEST_CASE("the weak index must ascend, fit and belong to indexed") {
     d.bits = 5;
     (void)quantized_matrix<>(d);
   }));
-  CHECK(quantized_matrix<>(shape(weak_kind::indexed, 2), {0, 199}).weak_index() ==
-        std::vector<std::int32_t>{0, 199});
+  const std::vector<std::int32_t> ends = {0, 199};
+  CHECK(quantized_matrix<>(shape(weak_kind::indexed, 2), ends).weak_index() == ends);
 }
 
 TEST_CASE("repack gives the same bytes for any number of threads and undoes itself") {
@@ -240,4 +246,76 @@ TEST_CASE("repack gives the same bytes for any number of threads and undoes itse
       CHECK(same_bytes(qeft::repack<simd_tile>(exec, tiles), tiles));
     }
   }
+}
+
+namespace {
+
+/// A bump allocator that counts what is alive, as a user would pass to an owner.
+struct arena {
+  std::vector<std::byte> bytes = std::vector<std::byte>(1 << 20);
+  std::size_t used = 0;
+  int alive = 0;
+};
+struct arena_memory {
+  using space = qeft::host_memory;
+  arena* from;
+  void* allocate(std::size_t size) {
+    used_up(size);
+    const auto base = reinterpret_cast<std::uintptr_t>(from->bytes.data());
+    const std::uintptr_t at = (base + from->used + 63) / 64 * 64;
+    from->used = at - base + size;
+    ++from->alive;
+    return reinterpret_cast<void*>(at);
+  }
+  void deallocate(void*, std::size_t) noexcept { --from->alive; }
+  void used_up(std::size_t size) const {
+    if (from->used + size + 64 > from->bytes.size()) throw std::bad_alloc();
+  }
+};
+
+}  // namespace
+
+TEST_CASE("an owner takes its memory, index included, from the policy it is given") {
+  qeft_test::random_source random(11);
+  const auto layer = qeft_test::random_layer(shape(weak_kind::indexed, 5), random);
+  arena a;
+  {
+    using owner = quantized_matrix<simd_tile, arena_memory>;
+    const std::vector<std::int32_t> index = layer.weak_index();
+    owner q(layer.d, index, arena_memory{&a});
+    CHECK(a.alive == 5);
+    const std::byte* begin = a.bytes.data();
+    const std::byte* end = begin + a.bytes.size();
+    for (const auto part : {q.codes(), q.scales(), q.zeros(), q.weak()}) {
+      CHECK(part.data() >= begin);
+      CHECK(part.data() + part.size() <= end);
+    }
+    CHECK(reinterpret_cast<const std::byte*>(q.weak_index().data()) >= begin);
+    CHECK(q.weak_index() == index);
+    std::memset(a.bytes.data() + a.used, 0xff, a.bytes.size() - a.used);  // fresh bytes are not zero
+    const owner copy = q;
+    CHECK(a.alive == 10);
+    CHECK(copy.codes() == q.codes());
+    CHECK(copy.codes().data() != q.codes().data());
+    const owner fresh(layer.d, index, arena_memory{&a});
+    CHECK(std::all_of(fresh.codes().begin(), fresh.codes().end(),
+                      [](std::byte b) { return b == std::byte{0}; }));
+  }
+  CHECK(a.alive == 0);
+}
+
+TEST_CASE("an owner that was moved from is empty") {
+  qeft_test::random_source random(12);
+  const auto layer = qeft_test::random_layer(shape(weak_kind::indexed, 5), random);
+  auto q = qeft_test::pack<row_packed>(layer);
+  const auto taken = std::move(q);
+  CHECK(codes_of(taken) == layer.codes);
+  CHECK(q.descriptor() == matrix_descriptor{});  // NOLINT: that is the point
+  CHECK(q.codes().empty());
+  CHECK(q.weak_index().empty());
+  const qeft::on_host exec(1);
+  CHECK(qeft::repack<simd_tile>(exec, q).codes().empty());
+  int views = 0;
+  q.visit([&](const auto& view) { views += view.out_channels == 0 ? 1 : 100; });
+  CHECK(views == 1);
 }

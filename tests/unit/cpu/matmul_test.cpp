@@ -166,12 +166,15 @@ TEST_CASE("gemm says why it refuses") {
   broken = view;
   broken.zeros = nullptr;
   CHECK(refused(qeft::supports_gemm(exec, broken, x.data(), 1, y.data()), {"zeros"}));
-  for (const index_t group : {index_t{48}, index_t{0}, index_t{-2}}) {
+  for (const index_t columns : {index_t{48}, index_t{0}, index_t{-2}}) {
     broken = view;
-    broken.run_time_group = group;
+    broken.columns_per_group = columns;
     CHECK(refused(qeft::supports_gemm(exec, broken, x.data(), 1, y.data()),
-                  {"run_time_group", "multiple of 32"}));
+                  {"columns_per_group", "multiple of 32"}));
   }
+  broken = view;
+  broken.groups += 1;
+  CHECK(refused(qeft::supports_gemm(exec, broken, x.data(), 1, y.data()), {"groups"}));
   broken = view;
   broken.weak_values = nullptr;
   CHECK(refused(qeft::supports_gemm(exec, broken, x.data(), 1, y.data()), {"no weak values"}));

@@ -47,7 +47,7 @@ caught read_changed(const std::function<void(tensor_list&)>& change,
   temporary_directory dir;
   const small_layer layer(written);
   std::vector<std::int32_t> index = small_index;
-  if (written.weak == weak_kind::indexed) index = layer.m.weak_index();
+  if (written.weak == weak_kind::indexed) index.assign(layer.m.weak_index().begin(), layer.m.weak_index().end());
   index.resize(static_cast<std::size_t>(written.weak_columns));
   {
     safetensors_writer writer;
@@ -120,7 +120,7 @@ TEST_CASE("add_linear refuses a wrong weak index", "[io]") {
   CHECK_THAT(refused(layer.m, {1, 2, 3, 70}).message, contains("holds 70"));
   matrix_descriptor d = small_descriptor();
   d.weak = weak_kind::indexed;
-  const matrix indexed(d, {1, 2, 3, 4});
+  const matrix indexed(d, std::vector<std::int32_t>{1, 2, 3, 4});
   CHECK(refused(indexed, {1, 2, 3, 4}).code == errc::ok);
   CHECK_THAT(refused(indexed, {1, 2, 3, 5}).message, contains("must be that of the matrix"));
 }
