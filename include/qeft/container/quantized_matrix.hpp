@@ -166,6 +166,17 @@ class quantized_matrix {
     weak_index_ = buffer<std::int32_t, Memory>(weak_index.size(), memory);
     weak_index_.upload(weak_index.data());
   }
+  /// A copy in another memory, for example of a matrix of the host on the device and back. Returns
+  /// when it is done.
+  template <class Other>
+  QEFT_ALWAYS_INLINE explicit quantized_matrix(const quantized_matrix<Layout, Other>& other,
+                                               const Memory& memory = Memory{})
+      : descriptor_(other.descriptor_),
+        codes_(other.codes_, memory),
+        scales_(other.scales_, memory),
+        zeros_(other.zeros_, memory),
+        weak_(other.weak_, memory),
+        weak_index_(other.weak_index_, memory) {}
   QEFT_ALWAYS_INLINE quantized_matrix(const quantized_matrix&) = default;
   QEFT_ALWAYS_INLINE quantized_matrix(quantized_matrix&& other) noexcept
       : descriptor_(std::exchange(other.descriptor_, matrix_descriptor{})),
@@ -286,6 +297,8 @@ class quantized_matrix {
   }
 
  private:
+  template <class, class>
+  friend class quantized_matrix;
   using bytes = buffer<std::byte, Memory>;
 
   static QEFT_ALWAYS_INLINE void require_host() noexcept {

@@ -91,6 +91,19 @@ class buffer {
     allocate(other.size_);
     if (size_ > 0) operations::copy(memory_, data_, other.data_, bytes());
   }
+  /// From another space; one of the two must be the host's.
+  template <class Other>
+  QEFT_ALWAYS_INLINE explicit buffer(const buffer<T, Other>& other, const Memory& memory)
+      : memory_(memory) {
+    static_assert(is_host_accessible_v<Memory> || is_host_accessible_v<Other>,
+                  "qeft::buffer: a copy needs the host on one side");
+    allocate(other.size());
+    if constexpr (is_host_accessible_v<Other>) {
+      upload(other.data());
+    } else {
+      other.download(data_);
+    }
+  }
   QEFT_ALWAYS_INLINE buffer(buffer&& other) noexcept
       : memory_(other.memory_),
         data_(std::exchange(other.data_, nullptr)),

@@ -37,6 +37,7 @@ class span {
   /// From a container; from a temporary only to read it during the call.
   template <class Container,
             class = std::enable_if_t<
+                !std::is_same_v<std::decay_t<Container>, span> &&
                 std::is_convertible_v<decltype(std::declval<Container&>().data()), T*> &&
                 (std::is_lvalue_reference_v<Container> || std::is_const_v<T>)>>
   QEFT_ALWAYS_INLINE constexpr span(Container&& c) noexcept
