@@ -208,7 +208,7 @@ TEST_CASE("a work directory keeps finished layers for the same quantisation only
   d.group_size = 32;
   d.weak = qeft::weak_kind::indexed;
   d.weak_columns = 2;
-  packed_matrix m(d, {5, 30});
+  packed_matrix m(d, std::vector<std::int32_t>{5, 30});
   m.write_code(2, 7, 9);
   m.write_weak(1, 1, 0x3c00);
   const json report = {{"output_error", 0.1}, {"damping", 1.0 / 3.0}};
