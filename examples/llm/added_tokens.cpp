@@ -69,10 +69,9 @@ std::vector<added_token_set::match> added_token_set::find(std::string_view text)
 
 std::pair<std::size_t, std::size_t> added_token_set::extent(std::string_view text,
                                                             const added_token& t,
-                                                            bool parse_special, std::size_t begin,
-                                                            std::size_t end, std::size_t done) {
+                                                            std::size_t begin, std::size_t end,
+                                                            std::size_t done) {
   const std::pair<std::size_t, std::size_t> nothing = {begin, begin};
-  if (t.special && !parse_special) return nothing;
   if (t.single_word && touches_word(text, begin, end)) return nothing;
   if (t.lstrip) {
     while (begin > done && is_space(code_point_at(text, previous_character(text, begin)))) {

@@ -37,8 +37,9 @@ class added_token_set {
 
   /// Calls plain(part) and token(t) in the order of the text; parts are not empty. The leftmost token
   /// counts, the longest among those that start there.
-  template <class Plain, class Token>
-  void split(std::string_view text, bool parse_special, const Plain& plain,
+  /// @param parse_special parse_special(begin, end) says whether a special token counts there
+  template <class ParseSpecial, class Plain, class Token>
+  void split(std::string_view text, const ParseSpecial& parse_special, const Plain& plain,
              const Token& token) const {
     std::size_t done = 0;
     std::size_t at = 0;
@@ -47,8 +48,8 @@ class added_token_set {
       if (m->begin < at) continue;
       const added_token& t = tokens_[m->token];
       at = m->begin + t.content.size();  // also when it does not count: matches never overlap
-      const std::pair<std::size_t, std::size_t> taken =
-          extent(text, t, parse_special, m->begin, at, done);
+      if (t.special && !parse_special(m->begin, at)) continue;
+      const std::pair<std::size_t, std::size_t> taken = extent(text, t, m->begin, at, done);
       if (taken.first == taken.second) continue;
       if (done < taken.first) plain(text.substr(done, taken.first - done));
       token(t);
@@ -74,8 +75,8 @@ class added_token_set {
   std::vector<match> find(std::string_view text) const;
   /// What a match takes from the text, white space included; empty when it does not count.
   static std::pair<std::size_t, std::size_t> extent(std::string_view text, const added_token& t,
-                                                    bool parse_special, std::size_t begin,
-                                                    std::size_t end, std::size_t done);
+                                                    std::size_t begin, std::size_t end,
+                                                    std::size_t done);
 
   static std::uint64_t edge(std::size_t from, unsigned char byte) noexcept {
     return static_cast<std::uint64_t>(from) << 8U | byte;

@@ -63,6 +63,15 @@ rounded_values rounded(const std::vector<float>& values, index_t rows, index_t c
   return r;
 }
 
+/// One epilogue for layers with and without a bias halves what is compiled.
+struct bias_if_any {
+  const float* bias;  // (OC), or null
+
+  float operator()(float value, index_t, index_t channel) const noexcept {
+    return bias == nullptr ? value : value + bias[channel];
+  }
+};
+
 }  // namespace
 
 packed_matrix full_precision(const std::string& name, const qeft::io::tensor_view& tensor,
@@ -134,8 +143,11 @@ void linear::replace_weight(const qeft::on_host& exec, const packed_matrix& weig
 
 void linear::forward(const qeft::on_host& exec, const float* x, index_t tokens, float* y) const {
   const qeft::status s =
-      bias_.empty() ? qeft::gemm(exec, weight_, x, tokens, y)
-                    : qeft::gemm(exec, weight_, x, tokens, y, qeft::epilogue::bias{bias_.data()});
+      activations_ == activation_type::int8
+          ? qeft::gemm(qeft::cpu::with<qeft::cpu::int8>(exec), weight_, x, tokens, y,
+                       bias_if_any{bias_.empty() ? nullptr : bias_.data()})
+          : qeft::gemm(exec, weight_, x, tokens, y,
+                       bias_if_any{bias_.empty() ? nullptr : bias_.data()});
   s.throw_if_error();
 }
 

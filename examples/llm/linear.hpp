@@ -32,6 +32,9 @@ packed_matrix full_precision(const std::string& name, const qeft::io::tensor_vie
                              qeft::index_t out_channels, qeft::index_t in_channels,
                              rounding_summary* rounding = nullptr);
 
+/// The arithmetic of quantised columns: FP32, or 8-bit activations (qeft::cpu::int8).
+enum class activation_type { exact, int8 };
+
 class linear {
  public:
   linear() = default;
@@ -45,6 +48,8 @@ class linear {
   /// Another weight of the same shape; the bias stays.
   void replace_weight(const qeft::on_host& exec, const packed_matrix& weight);
 
+  void set_activations(activation_type type) noexcept { activations_ = type; }
+
   /// y = W x + bias. @param x (tokens, IC) @param y (tokens, OC)
   void forward(const qeft::on_host& exec, const float* x, qeft::index_t tokens, float* y) const;
 
@@ -55,6 +60,7 @@ class linear {
  private:
   qeft::quantized_matrix<qeft::layout::simd_tile> weight_;
   std::vector<float> bias_;
+  activation_type activations_ = activation_type::exact;
 };
 
 }  // namespace qeft_llm

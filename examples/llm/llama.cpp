@@ -249,13 +249,17 @@ void block_forward(const qeft::on_host& exec, const model_config& config, const 
   add(exec, sum.data(), static_cast<index_t>(sum.size()), stream);
 }
 
-llama_model::llama_model(const qeft::on_host& exec, const model_source& source)
+llama_model::llama_model(const qeft::on_host& exec, const model_source& source,
+                         activation_type activations)
     : exec_(exec), config_(source.config()) {
   if (!config_.quantization) source.weights().require(expected_tensors(config_));
   embedding_ = linear(
       exec, source.matrix("model.embed_tokens", config_.vocab_size, config_.hidden_size));
   for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
     blocks_.push_back(load_block(exec, source, l));
+    for (const linear_kind kind : all_linears) {
+      linear_of(blocks_.back(), kind).set_activations(activations);
+    }
   }
   norm_ = source.vector("model.norm.weight", config_.hidden_size);
   if (!config_.tie_word_embeddings) {

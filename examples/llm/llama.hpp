@@ -107,7 +107,8 @@ void block_forward(const qeft::on_host& exec, const model_config& config, const 
 /// A model and its state for one sequence.
 class llama_model {
  public:
-  llama_model(const qeft::on_host& exec, const model_source& source);
+  llama_model(const qeft::on_host& exec, const model_source& source,
+              activation_type activations = activation_type::exact);
 
   const model_config& config() const noexcept { return config_; }
   const std::vector<block>& blocks() const noexcept { return blocks_; }

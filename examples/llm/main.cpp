@@ -51,6 +51,18 @@ void add_common(CLI::App& command, std::string& model, int& threads, std::string
       ->capture_default_str();
 }
 
+void add_json(CLI::App& command, bool& json) {
+  command.add_flag("--json", json, "one JSON object on the standard output");
+}
+
+/// What the commands that run a model have in common.
+void add_run(CLI::App& command, activation_type& activations, bool& json) {
+  add_choice<activation_type>(command, "--activations", activations,
+                              "arithmetic of quantised layers; int8 is faster and less exact",
+                              {{"exact", activation_type::exact}, {"int8", activation_type::int8}});
+  add_json(command, json);
+}
+
 void add_quantize(CLI::App& command, quantize_options& o, std::string& device) {
   add_common(command, o.model, o.threads, device);
   command.add_option("--out", o.out, "directory to write")->required();
@@ -124,17 +136,39 @@ int main(int argc, char** argv) {
   generate_options generate;
   CLI::App* generate_command = app.add_subcommand("generate", "continue a prompt");
   add_common(*generate_command, generate.model, generate.threads, device);
-  generate_command->add_option("--prompt", generate.prompt, "text to continue")->required();
+  auto* prompt = generate_command->add_option_group("prompt", "one of");
+  prompt->add_option("--prompt", generate.prompt, "text to continue; - reads the standard input");
+  prompt->add_option("--prompt-file", generate.prompt_file, "file of the text to continue");
+  prompt->add_option("--messages", generate.messages,
+                     "conversation to answer: JSON file of [{\"role\": ..., \"content\": ...}, ...]");
+  prompt->require_option(1);
+  generate_command->add_flag("--chat", generate.chat,
+                             "the prompt is what a user says: put into the model's chat template");
+  generate_command->add_option("--system", generate.system,
+                               "with --chat or --messages: what the model is told first");
+  generate_command->add_option("--template", generate.template_name,
+                               "with --chat or --messages: one of several templates, by name");
   generate_command->add_option("--max-tokens", generate.max_tokens, "stop after so many")
       ->capture_default_str();
-  generate_command->add_option("--temperature", generate.temperature, "0 is greedy")
+  generate_command->add_option("--temperature", generate.sampling.temperature, "0 is greedy")
       ->capture_default_str();
-  generate_command->add_option("--seed", generate.seed, "of the draw, when temperature > 0")
+  generate_command
+      ->add_option("--top-k", generate.sampling.top_k, "draw from the k most probable tokens, 0 for all")
+      ->capture_default_str();
+  generate_command
+      ->add_option("--top-p", generate.sampling.top_p,
+                   "draw from the most probable tokens that have this probability together")
+      ->capture_default_str();
+  generate_command
+      ->add_option("--repetition-penalty", generate.sampling.repetition_penalty,
+                   "makes tokens seen before less probable when above 1")
+      ->capture_default_str();
+  generate_command->add_option("--seed", generate.sampling.seed, "of the draw, when temperature > 0")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  generate_command->add_flag("--chat", generate.chat, "the prompt is a question to a chat model");
   generate_command->add_flag("--ignore-eos", generate.ignore_eos,
                              "do not stop at the end of the text, e.g. to measure the speed");
+  add_run(*generate_command, generate.activations, generate.json);
 
   perplexity_options perplexity;
   CLI::App* perplexity_command = app.add_subcommand("perplexity", "measure a model on a text");
@@ -145,10 +179,13 @@ int main(int argc, char** argv) {
   perplexity_command->add_option("--tokens", perplexity.tokens, "evaluate about so many, 0 for all")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
+  add_run(*perplexity_command, perplexity.activations, perplexity.json);
 
   std::string inspected;
+  bool inspect_json = false;
   CLI::App* inspect_command = app.add_subcommand("inspect", "a table of a model's layers");
   inspect_command->add_option("model", inspected, "directory or config.json")->required();
+  add_json(*inspect_command, inspect_json);
 
   CLI11_PARSE(app, argc, argv);
   try {
@@ -159,7 +196,7 @@ int main(int argc, char** argv) {
     if (*quantize_command) result = run_quantize(quantize);
     if (*generate_command) result = run_generate(generate);
     if (*perplexity_command) result = run_perplexity(perplexity);
-    if (*inspect_command) result = run_inspect(inspected);
+    if (*inspect_command) result = run_inspect(inspected, inspect_json);
     if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
       qeft::fail(qeft::errc::io_error, "cannot write to the standard output");
     }

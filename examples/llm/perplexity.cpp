@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <nlohmann/json.hpp>
 #include <vector>
 
 #include "commands.hpp"
@@ -42,7 +43,7 @@ int run_perplexity(const perplexity_options& o) {
   }
   const qeft::on_host exec(o.threads);
   const model_source source(o.model);
-  llama_model model(exec, source);
+  llama_model model(exec, source, o.activations);
   const model_config& config = model.config();
   const tokenizer tok = tokenizer::from_file(o.model + "/tokenizer.json");
   auto windows = text_windows(tok, o.text, o.seq_len, 1);
@@ -77,8 +78,16 @@ int run_perplexity(const perplexity_options& o) {
     }
   }
   const index_t counted = static_cast<index_t>(windows.size()) * (o.seq_len - context);
-  std::printf("perplexity %.4f tokens %lld\n", std::exp(total / static_cast<double>(counted)),
-              static_cast<long long>(counted));
+  const double perplexity = std::exp(total / static_cast<double>(counted));
+  if (o.json) {
+    const nlohmann::ordered_json all = {{"perplexity", perplexity},
+                                        {"tokens", counted},
+                                        {"windows", windows.size()},
+                                        {"seq_len", o.seq_len}};
+    std::printf("%s\n", all.dump().c_str());
+  } else {
+    std::printf("perplexity %.4f tokens %lld\n", perplexity, static_cast<long long>(counted));
+  }
   return 0;
 }
 

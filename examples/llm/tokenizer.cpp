@@ -64,16 +64,23 @@ class encoder {
     for (const splitter& s : t.splitters) matchers_.emplace_back(s.pattern);
   }
 
-  std::vector<int> run(std::string_view text, bool parse_special) {
+  /// @param marks 1 where a special token does not count, as long as the text
+  std::vector<int> run(std::string_view text, std::string_view marks) {
     start_ = text.data();
     left_ = 64 * text.size() + (std::size_t{1} << 20U);
     const auto emit = [&](const added_token& token) { ids_.push_back(token.id); };
     const auto words = [&](std::string_view part) { encode_plain(part); };
+    const auto free = [](std::string_view m) { return m.find('\1') == std::string_view::npos; };
     t_.added.split(
-        text, parse_special,
+        text,
+        [&](std::size_t begin, std::size_t end) { return free(marks.substr(begin, end - begin)); },
         [&](std::string_view part) {
+          // Normalisation moves bytes: one mark counts for the whole part.
+          const auto begin = static_cast<std::size_t>(part.data() - text.data());
+          const bool parse_special = free(marks.substr(begin, part.size()));
           for (const normalizer& step : t_.normalizers) part = keep(step(part, limit()));
-          t_.added_normalized.split(part, parse_special, words, emit);
+          t_.added_normalized.split(
+              part, [&](std::size_t, std::size_t) { return parse_special; }, words, emit);
         },
         emit);
     return std::move(ids_);
@@ -152,7 +159,25 @@ class encoder {
 std::vector<int> tokenizer::encode(std::string_view utf8, bool parse_special) const {
   check_size(utf8);
   const std::string text = well_formed(utf8);
-  return encoder(*tables_).run(text, parse_special);
+  return encoder(*tables_).run(text, std::string(text.size(), parse_special ? '\0' : '\1'));
+}
+
+std::vector<int> tokenizer::encode_marked(std::string_view utf8, std::string_view marks) const {
+  check_size(utf8);
+  if (utf8.size() != marks.size()) {
+    fail(errc::invalid_argument, "tokenizer::encode: the text has " +
+                                     std::to_string(utf8.size()) + " bytes, but " +
+                                     std::to_string(marks.size()) + " marks");
+  }
+  // What is repaired has another length, run by run of equal marks.
+  std::string text;
+  std::string repaired_marks;
+  for (std::size_t begin = 0, end = 0; begin < utf8.size(); begin = end) {
+    end = std::min(marks.find_first_not_of(marks[begin], begin), marks.size());
+    text += well_formed(utf8.substr(begin, end - begin));
+    repaired_marks.resize(text.size(), marks[begin]);
+  }
+  return encoder(*tables_).run(text, repaired_marks);
 }
 
 std::string tokenizer::decode(const std::vector<int>& ids, bool skip_special) const {

@@ -44,6 +44,10 @@ class tokenizer {
   /// @return ids, without the prefix
   std::vector<int> encode(std::string_view utf8, bool parse_special = true) const;
 
+  /// As above, but special tokens are recognised only where no byte of theirs is marked: what a
+  /// message says cannot forge a turn. @param marks as long as the text, 1 where it is marked
+  std::vector<int> encode_marked(std::string_view utf8, std::string_view marks) const;
+
   /// Text of the tokens. Ill-formed UTF-8 is replaced as in encode, but every byte of a run of byte
   /// tokens that is ill-formed anywhere becomes U+FFFD. The space that Llama 2 puts in front of a
   /// text is taken away again. An id without a token gives nothing: the embedding of a model may

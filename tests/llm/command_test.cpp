@@ -231,6 +231,99 @@ TEST_CASE("damaged models are refused") {
   CHECK(w.refused(run(w.quantize("nowhere")), {"nowhere", "config.json"}));
 }
 
+TEST_CASE("prompts, sampling and JSON of generate") {
+  const workplace w;
+  const std::string common = " --max-tokens 12 --ignore-eos --model " + w.at("model") + " ";
+  const auto said = [&](const std::string& options, const std::string& setup = "") {
+    const outcome o = run("generate" + common + options + " 2>/dev/null", setup);
+    CHECK(o.status == 0);
+    return o.text;
+  };
+  const std::string expected = said("--prompt abc");
+  write_all(w.dir / "prompt", "abc");
+  CHECK(said("--prompt-file " + w.at("prompt")) == expected);
+  CHECK(said("--prompt - < " + w.at("prompt")) == expected);
+  CHECK(said("--prompt abc --temperature 2 --top-k 1 --seed 3") == expected);
+  CHECK(said("--prompt abc --temperature 2 --top-p 0.0001 --seed 3") == expected);
+  CHECK(said("--prompt abc --activations int8") == expected);  // nothing is quantised
+  CHECK(said("--prompt abc --repetition-penalty 1000") != expected);
+
+  const json all = json::parse(said("--prompt abc --json"));
+  CHECK(all.at("prompt_tokens") == 3);
+  CHECK(all.at("tokens").size() == 12);
+  CHECK(all.at("text").get<std::string>() + "\n" == expected);
+  CHECK(all.at("finish_reason") == "length");
+  CHECK(all.at("decode_seconds").get<double>() > 0);
+  CHECK(run("generate" + common).status != 0);
+  CHECK(run("generate" + common + "--prompt a --prompt-file " + w.at("prompt")).status != 0);
+  CHECK(w.refused(run("generate" + common + "--prompt a --top-p 2"), {"--top-p is 2"}));
+  CHECK(w.refused(run("generate" + common + "--prompt a --system b"), {"--system", "need --chat"}));
+}
+
+TEST_CASE("a chat follows the template of the model") {
+  const workplace w;
+  const std::string model = "generate --max-tokens 9 --ignore-eos --model " + w.at("chat") + " ";
+  const auto said = [&](const std::string& options) {
+    const outcome o = run(model + options + " 2>/dev/null");
+    CHECK(o.status == 0);
+    return o.text;
+  };
+  const auto with_template = [&](const json& source) {
+    write_all(w.copy("chat") / "tokenizer_config.json", json{{"chat_template", source}}.dump());
+  };
+  const char* turns =
+      "{% for m in messages %}{{ m.role[:1] }}{{ m.content | trim }}{% endfor %}"
+      "{% if add_generation_prompt %}z{% endif %}";
+  with_template(turns);
+  const std::string plain = said("--prompt uabz");
+  CHECK(said("--chat --prompt ' ab '") == plain);
+  CHECK(said("--chat --prompt ab --system cd") == said("--prompt scduabz"));
+  write_all(w.dir / "messages", R"([{"role": "user", "content": "ab"},
+      {"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}])");
+  CHECK(said("--messages " + w.at("messages")) == said("--prompt uabaxuyz"));
+  CHECK(said("--system c --messages " + w.at("messages")) == said("--prompt scuabaxuyz"));
+  with_template(json::array({json{{"name", "default"}, {"template", "q"}},
+                             json{{"name", "other"}, {"template", turns}}}));
+  CHECK(said("--chat --prompt ab --template other") == plain);
+  CHECK(w.refused(run(model + "--chat --prompt ab --template none"),
+                  {"no chat template named none", "default, other"}));
+  with_template("{% macro x() %}{% endmacro %}");
+  CHECK(w.refused(run(model + "--chat --prompt ab"),
+                  {"tokenizer_config.json: chat_template: line 1", "{% macro %}", "--template"}));
+  with_template("{{ raise_exception('no such talk') }}");
+  CHECK(w.refused(run(model + "--chat --prompt ab"), {"refuses these messages: no such talk"}));
+}
+
+TEST_CASE("perplexity and inspect as JSON") {
+  const workplace w;
+  REQUIRE(run(w.quantize() + "--method rtn --weak-columns 0").status == 0);
+  const std::string measure =
+      "perplexity --text " + w.at("text") + " --seq-len 64 --tokens 300 --model " + w.at("out");
+  const json measured = json::parse(run(measure + " --json 2>/dev/null").text);
+  const json by_int8 = json::parse(run(measure + " --json --activations int8 2>/dev/null").text);
+  CHECK(measured.at("tokens") == 5 * 63);
+  CHECK(measured.at("windows") == 5);
+  CHECK(measured.at("seq_len") == 64);
+  const auto perplexity = measured.at("perplexity").get<double>();
+  double printed = 0;
+  REQUIRE(std::sscanf(last_line(run(measure).text).c_str(), "perplexity %lf", &printed) == 1);
+  CHECK(std::abs(perplexity / printed - 1) < 1e-4);
+  CHECK(by_int8.at("perplexity") != perplexity);
+  CHECK(std::abs(by_int8.at("perplexity").get<double>() / perplexity - 1) < 0.1);
+
+  const json table = json::parse(run("inspect --json " + w.at("out")).text);
+  CHECK(table.at("model_type") == "llama");
+  CHECK(table.at("layers").size() == 14);
+  const json& layer = table.at("layers").at(13);
+  CHECK(layer.at("name") == "model.layers.1.mlp.down_proj");
+  CHECK(layer.at("bits") == 4);
+  CHECK(layer.at("group_size") == 32);
+  CHECK(layer.at("in_channels") == 160);
+  CHECK(layer.at("error").is_null());
+  const json full = json::parse(run("inspect --json " + w.at("model")).text);
+  CHECK(full.at("bits_per_weight") == 16);
+}
+
 TEST_CASE("logits that are not finite end generate and perplexity") {
   const workplace w;
   reference_model broken = w.model;

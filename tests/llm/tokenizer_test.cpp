@@ -4,6 +4,7 @@
 #include "tokenizer.hpp"
 
 #include <algorithm>
+#include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -16,6 +17,7 @@
 #include "support/catch.hpp"
 #include "support/sweep.hpp"
 #include "support/throws.hpp"
+#include "unit/io/temporary_directory.hpp"
 #include "utf8.hpp"
 
 using namespace qeft_llm;
@@ -317,7 +319,7 @@ TEST_CASE("finding added tokens equals the slow definition") {
       const std::string text = word(60);
       token_ids ids;
       set.split(
-          text, true,
+          text, [](std::size_t, std::size_t) { return true; },
           [&](std::string_view part) {
             CHECK(!part.empty());
             for (const char c : part) ids.push_back(-c);
@@ -671,6 +673,39 @@ TEST_CASE("what is not supported is refused by name") {
   CHECK(throws_with(errc::unsupported,
                     {"tiny: ", "Metaspace with prepend_scheme first behind a normalizer"},
                     [&] { from(document); }));
+}
+
+// Of make_goldens.py.
+TEST_CASE("small tokenizers give the ids of tokenizers") {
+  sweep files("tokenizers");
+  const auto folder = std::filesystem::path(QEFT_GOLDENS) / "tokenizers";
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    files.ran();
+    const json golden = json::parse(read_all(entry.path()));
+    const tokenizer tok = from(golden["tokenizer"]);
+    for (const json& c : golden["cases"]) {
+      INFO(entry.path().filename() << ": " << c["text"]);
+      CHECK(tok.encode(c["text"].get<std::string>()) == c["ids"].get<token_ids>());
+    }
+  }
+}
+
+TEST_CASE("special tokens count only where nothing is marked") {
+  const tokenizer tok = from(small_document());
+  const auto encode = [&](const std::string& text, const std::string& marked) {
+    std::string marks;
+    for (const char c : marked) marks += c == 'm' ? '\1' : '\0';
+    return tok.encode_marked(text, marks);
+  };
+  CHECK(encode("<s>a<s>", "-------") == token_ids{261, 'a', 261});
+  CHECK(encode("<s>a<s>", "----mmm") == token_ids{261, 'a', '<', 's', '>'});
+  CHECK(encode("<s>a<s>", "------m") == token_ids{261, 'a', '<', 's', '>'});
+  CHECK(encode("<s>a<x>", "mmmmmmm") == token_ids{'<', 's', '>', 'a', 262});
+  CHECK(encode("<s>abc", "---mmm") == token_ids{261, 258});
+  CHECK(encode("abc", "-m-") == token_ids{258});  // a word goes across
+  CHECK(encode("\xff<s>\xe2\x82<s>", "m---mmmmm") ==
+        token_ids{0xef, 0xbf, 0xbd, 261, 0xef, 0xbf, 0xbd, '<', 's', '>'});
+  CHECK(throws_with(errc::invalid_argument, {"2 bytes, but 1 marks"}, [&] { encode("ab", "-"); }));
 }
 
 TEST_CASE("inconsistent files are errors that name the fault") {
