@@ -70,9 +70,13 @@ Units without them may be linked with units that have them. nvcc's -use_fast_mat
 #define QEFT_INLINE_LAMBDA
 #endif
 
-// Instruction sets the CPU executors may use in this translation unit. nvcc's host pass is left to
-// the portable code: its front end rejects parts of the compilers' intrinsic headers.
-#if !defined(__CUDACC__)
+// Instruction sets the CPU executors may use in this translation unit. nvcc's front end takes the
+// compilers' intrinsic headers since CUDA 13; before, a .cu unit has to say that the portable code
+// will do (see cpu::native_isa).
+#if defined(__CUDACC_VER_MAJOR__) && __CUDACC_VER_MAJOR__ < 13 && defined(__AVX2__)
+#define QEFT_NO_NATIVE_ISA 1
+#endif
+#if !defined(QEFT_NO_NATIVE_ISA)
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define QEFT_HAS_AVX512 1
 #endif

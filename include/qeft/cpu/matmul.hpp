@@ -121,22 +121,27 @@ void launch(const Executor& exec, const quantized_matrix<L, M>& w, const X* x, i
       [&](const auto& view) { multiply_by_definition(exec, view, x, tokens, y, epilogue); });
 }
 
-/// What gemm asks of its types; `void` where Executor is not one of the host.
+/// Takes a function out of the overloads where Executor is not one of the host.
+template <class Executor>
+using if_host = typename policies<Executor>::isa;
+
+/// What gemm asks of its types.
 template <class Executor, class L, class X, class Y, class Epilogue>
-constexpr void check_types() {
+QEFT_ALWAYS_INLINE constexpr void check_types() {
   static_assert(is_activation_scalar_v<X> && is_activation_scalar_v<Y>,
                 "qeft::gemm: X and Y must be float, qeft::half_bits or qeft::bf16_bits");
   static_assert(std::is_same_v<L, layout::simd_tile> ||
                     std::is_same_v<typename policies<Executor>::activation, exact>,
                 "qeft::gemm: the int8 activation policy needs layout::simd_tile");
+  static_assert(!std::is_same_v<if_host<Executor>, isa::not_in_this_cuda_unit> ||
+                    !std::is_same_v<L, layout::simd_tile>,
+                "qeft::gemm: this nvcc does not take the vector kernels: compile the call in a "
+                ".cpp file, or choose qeft::cpu::with<qeft::cpu::exact, "
+                "qeft::cpu::isa::portable>(exec)");
   static_assert(epilogue::is_epilogue_v<Epilogue>,
                 "qeft::gemm: Epilogue must be trivially copyable and callable as "
                 "float(float value, qeft::index_t token, qeft::index_t channel) const");
 }
-
-/// Takes a function out of the overloads where Executor is not one of the host.
-template <class Executor>
-using if_host = typename policies<Executor>::isa;
 
 }  // namespace cpu::detail
 

@@ -329,10 +329,15 @@ struct avx512_vnni : avx512 {
 };
 #endif
 
+/// Stands where nvcc cannot compile the instruction set that its host compiler was asked for.
+struct not_in_this_cuda_unit {};
+
 }  // namespace isa
 
 /// The best instruction set that this translation unit may use.
-#if defined(QEFT_HAS_AVX512) && defined(QEFT_HAS_AVX512_VNNI)
+#if defined(QEFT_NO_NATIVE_ISA)
+using native_isa = isa::not_in_this_cuda_unit;
+#elif defined(QEFT_HAS_AVX512) && defined(QEFT_HAS_AVX512_VNNI)
 using native_isa = isa::avx512_vnni;
 #elif defined(QEFT_HAS_AVX512)
 using native_isa = isa::avx512;

@@ -30,11 +30,11 @@ struct tile_fields {
   static constexpr unsigned max_code = (1U << static_cast<unsigned>(Bits)) - 1U;
 
   /// Column of field f of word w.
-  QEFT_HOST_DEVICE static constexpr int column(int w, int f) noexcept {
+  QEFT_ALWAYS_INLINE static constexpr int column(int w, int f) noexcept {
     return w / interleave * per_word * interleave + f * interleave + w % interleave;
   }
   /// Word and lowest bit of a column's field.
-  QEFT_HOST_DEVICE static constexpr code_address locate(int c) noexcept {
+  QEFT_ALWAYS_INLINE static constexpr code_address locate(int c) noexcept {
     const int stored = c / (per_word * interleave);
     const int in_stored = c % (per_word * interleave);
     return {stored * interleave + in_stored % interleave, in_stored / interleave * distance};
@@ -42,8 +42,8 @@ struct tile_fields {
 
   /// The stored words of the tile's row that word w of the fields is made of: of the wide plane,
   /// and of the narrow one (the same again where there is none).
-  QEFT_HOST_DEVICE static constexpr int low_word(int w) noexcept { return w / interleave; }
-  QEFT_HOST_DEVICE static constexpr int high_word(int w) noexcept {
+  QEFT_ALWAYS_INLINE static constexpr int low_word(int w) noexcept { return w / interleave; }
+  QEFT_ALWAYS_INLINE static constexpr int high_word(int w) noexcept {
     if constexpr (planes::count == 1) {
       return low_word(w);
     } else {
@@ -53,7 +53,7 @@ struct tile_fields {
 
   /// Word W of the fields.
   template <int W, class Word>
-  QEFT_HOST_DEVICE static constexpr Word join(Word low, [[maybe_unused]] Word high) noexcept {
+  QEFT_ALWAYS_INLINE static constexpr Word join(Word low, [[maybe_unused]] Word high) noexcept {
     if constexpr (planes::count == 1) {
       return low;
     } else {
@@ -68,12 +68,12 @@ struct tile_fields {
 
   /// isolate<c>() returns code * 2^exponent(c). Isolating a field where it lies costs one
   /// operation; the power of two goes into the activation.
-  QEFT_HOST_DEVICE static constexpr int exponent(int c) noexcept {
+  QEFT_ALWAYS_INLINE static constexpr int exponent(int c) noexcept {
     return touches_sign(c) ? 0 : locate(c).shift;
   }
   /// The field of column C, out of its word of fields: code * 2^exponent(C) as a non-negative int.
   template <int C, class Word>
-  QEFT_HOST_DEVICE static constexpr Word isolate(Word word) noexcept {
+  QEFT_ALWAYS_INLINE static constexpr Word isolate(Word word) noexcept {
     constexpr int shift = locate(C).shift;
     if constexpr (touches_sign(C)) {
       return word >> shift;
@@ -88,33 +88,33 @@ struct tile_fields {
   static constexpr int quads = 8;  // per half
 
   /// Word of fields that quad q is taken from.
-  QEFT_HOST_DEVICE static constexpr int quad_word(int q) noexcept { return q * words / quads; }
+  QEFT_ALWAYS_INLINE static constexpr int quad_word(int q) noexcept { return q * words / quads; }
   /// Column of byte b of quad q.
-  QEFT_HOST_DEVICE static constexpr int quad_column(int q, int b) noexcept {
+  QEFT_ALWAYS_INLINE static constexpr int quad_column(int q, int b) noexcept {
     constexpr int per_byte = 8 / distance;
     return column(quad_word(q), b * per_byte + q % per_byte);
   }
   /// Quad Q out of its word of fields: four times 4 bits `Half` of the codes.
   template <int Q, int Half, class Word>
-  QEFT_HOST_DEVICE static constexpr Word isolate_quad(Word word) noexcept {
+  QEFT_ALWAYS_INLINE static constexpr Word isolate_quad(Word word) noexcept {
     constexpr int shift = halves == 2 ? 4 * Half : Q % (8 / distance) * distance;
     constexpr std::uint32_t mask = 0x01010101U * (halves == 2 ? 0xfU : max_code);
     return shift_right<shift>(word) & mask;
   }
 
  private:
-  QEFT_HOST_DEVICE static constexpr bool touches_sign(int c) noexcept {
+  QEFT_ALWAYS_INLINE static constexpr bool touches_sign(int c) noexcept {
     return locate(c).shift + Bits == 32;
   }
   /// `field` in every field of a word.
-  QEFT_HOST_DEVICE static constexpr std::uint32_t repeated(std::uint32_t field) noexcept {
+  QEFT_ALWAYS_INLINE static constexpr std::uint32_t repeated(std::uint32_t field) noexcept {
     std::uint32_t word = 0;
     for (int shift = 0; shift < 32; shift += distance) word |= field << shift;
     return word;
   }
   /// Left by -Shift where Shift is negative.
   template <int Shift, class Word>
-  QEFT_HOST_DEVICE static constexpr Word shift_right(Word word) noexcept {
+  QEFT_ALWAYS_INLINE static constexpr Word shift_right(Word word) noexcept {
     if constexpr (Shift > 0) {
       return word >> Shift;
     } else if constexpr (Shift < 0) {

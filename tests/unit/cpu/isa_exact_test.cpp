@@ -31,6 +31,40 @@ TEST_CASE("every instruction set computes the exact product") {
   });
 }
 
+TEST_CASE("exact is as precise for tiny activations") {
+  qeft_test::for_each_isa_case([&](const auto& c) {
+    qeft_test::random_source random(14);
+    auto x = qeft_test::random_activations<float>(c.layer, 14, random);
+    for (std::size_t i = 0; i < x.size(); ++i) x[i] *= i < x.size() / 2 ? 1e-36F : 1e-38F;
+    const auto reference = qeft_test::multiply(c.layer, x, 14);
+    qeft_test::for_each_isa([&](auto isa) {
+      INFO(isa.name << ": " << qeft_test::describe(c.layer.d));
+      const auto y = qeft_test::product<float>(c, x, 14, qeft::cpu::exact{}, isa);
+      for (std::size_t i = 0; i < y.size(); ++i) {
+        const double error = std::abs(static_cast<double>(y[i]) - reference.y[i]);
+        // Outputs below the normal range are rounded to multiples of 2^-149, once per chunk.
+        CHECK(error <= 1e-6 * reference.magnitude[i] + 1e-44);
+      }
+    });
+  });
+}
+
+TEST_CASE("FP16 outputs are the product rounded once, outliers of 60 times included") {
+  const qeft_test::isa_case<qeft::quant_format<4>> c(70, 128, 15);
+  qeft_test::random_source random(15);
+  const auto x = qeft_test::random_activations<qeft::half_bits>(c.layer, 3, random);
+  const auto reference = qeft_test::multiply(c.layer, qeft_test::floats(x), 3);
+  qeft_test::for_each_isa([&](auto isa) {
+    INFO(isa.name);
+    const auto y = qeft_test::product<qeft::half_bits>(c, x, 3, qeft::cpu::exact{}, isa);
+    for (std::size_t i = 0; i < y.size(); ++i) {
+      const double error = std::abs(static_cast<double>(qeft::to_float(y[i])) - reference.y[i]);
+      CHECK(error <= std::ldexp(std::abs(reference.y[i]), -11) +
+                         std::ldexp(8.0 * reference.magnitude[i], -24));
+    }
+  });
+}
+
 TEST_CASE("16-bit activations and outputs are conversions of FP32 ones") {
   qeft_test::sweep sweep("instruction sets");
   const qeft_test::isa_case<qeft::quant_format<4>> c(70, 128, 1);

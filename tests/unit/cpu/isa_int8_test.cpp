@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
 #include "isa_cases.hpp"
 #include "support/catch.hpp"
 
@@ -51,6 +53,50 @@ TEST_CASE("int8 is within one percent for random activations, outliers in weak c
       INFO(isa.name << ": " << qeft_test::describe(c.layer.d) << ": relative error " << error);
       CHECK(error < 0.01);
       CHECK(error > 1e-4);  // it does round
+      sweep.ran();
+    });
+  });
+}
+
+TEST_CASE("int8 keeps its bound: half a step per activation, for every output") {
+  qeft_test::sweep sweep("instruction sets");
+  qeft_test::for_each_isa_case([&](const auto& c) {
+    qeft_test::random_source random(16);
+    const index_t tokens = 14;
+    auto x = qeft_test::random_activations<float>(c.layer, tokens, random);
+    const auto view = c.view();
+    const index_t ic = view.in_channels;
+    const index_t dense = view.dense_columns();
+    const index_t group = c.layer.d.columns_per_group();
+    const auto at = [](index_t i) { return static_cast<std::size_t>(i); };
+    x[at(qeft::activation_column(view.weak, 5, ic))] = 100.0F;  // an outlier in a dense column
+    const auto reference = qeft_test::multiply(c.layer, x, tokens);
+    const auto weights = qeft_test::weights_of(c.layer);
+    std::vector<double> bound(reference.y.size(), 0.0);
+    for (index_t first = 0, end = 0; first < dense; first = end) {
+      end = std::min({first + 128, (first / group + 1) * group, dense});
+      for (index_t t = 0; t < tokens; ++t) {
+        double largest = 0.0;
+        std::vector<double> sum(at(view.out_channels), 0.0);
+        for (index_t slot = first; slot < end; ++slot) {
+          const index_t column = qeft::activation_column(view.weak, slot, ic);
+          largest = std::max(largest, std::abs(static_cast<double>(x[at(t * ic + column)])));
+          for (index_t n = 0; n < view.out_channels; ++n) {
+            sum[at(n)] += std::abs(static_cast<double>(weights[at(n * ic + column)]));
+          }
+        }
+        for (index_t n = 0; n < view.out_channels; ++n) {
+          bound[at(t * view.out_channels + n)] += largest / 127.0 / 2.0 * sum[at(n)];
+        }
+      }
+    }
+    qeft_test::for_each_isa([&](auto isa) {
+      INFO(isa.name << ": " << qeft_test::describe(c.layer.d));
+      const auto y = qeft_test::product<float>(c, x, tokens, qeft::cpu::int8{}, isa);
+      for (std::size_t i = 0; i < y.size(); ++i) {
+        const double error = std::abs(static_cast<double>(y[i]) - reference.y[i]);
+        CHECK(error <= 1.0001 * bound[i] + 1e-6 * reference.magnitude[i]);
+      }
       sweep.ran();
     });
   });
