@@ -66,10 +66,10 @@ struct silu {
   }
 };
 
-/// x * Phi(x), with the error function.
+/// x * Phi(x), with the error function; erfc keeps its precision where x is far below zero.
 struct gelu {
   QEFT_HOST_DEVICE float operator()(float value, index_t, index_t) const noexcept {
-    return 0.5F * value * (1.0F + erff(value * 0.70710678F));
+    return 0.5F * value * erfcf(value * -0.70710678F);
   }
 };
 
