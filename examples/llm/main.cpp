@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // qeft-llm: quantise, run and measure language models.
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <exception>
@@ -10,6 +12,8 @@
 
 #include "commands.hpp"
 #include "qeft/core/status.hpp"
+#include "qeft/io/notice.hpp"
+#include "qeft/io/signal_cleanup.hpp"
 #include "quantize.hpp"
 
 namespace {
@@ -124,6 +128,10 @@ void add_quantize(CLI::App& command, quantize_options& o, std::string& device) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  // Not through stdio: a thread that a signal stopped may hold its lock.
+  qeft::io::set_notice_handler(
+      [](const std::string& text) { ::dprintf(STDERR_FILENO, "qeft-llm: %s\n", text.c_str()); });
+  const qeft::io::signal_cleanup signals;
   CLI::App app("Quantises, runs and measures language models with QEFT");
   app.require_subcommand(1);
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
@@ -202,9 +210,11 @@ int main(int argc, char** argv) {
     }
     return result;
   } catch (const std::bad_alloc&) {
+    signals.settle();
     std::fprintf(stderr, "qeft-llm: out of memory\n");
     return 1;
   } catch (const std::exception& e) {
+    signals.settle();
     std::fprintf(stderr, "qeft-llm: %s\n", e.what());
     return 1;
   }

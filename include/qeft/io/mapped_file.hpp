@@ -5,12 +5,14 @@
 #include <cstddef>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <utility>
 #include <vector>
 
 #include "qeft/core/memory.hpp"
 #include "qeft/io/errors.hpp"
 #include "qeft/io/platform.hpp"
+#include "qeft/io/unfinished.hpp"
 
 #if defined(QEFT_HAS_POSIX_FILES)
 #include <fcntl.h>
@@ -23,7 +25,8 @@ namespace qeft::io {
 inline namespace QEFT_TARGET {
 
 /// Owns the mapping; movable, and moving keeps the bytes where they are. A file that is replaced by
-/// rename (see atomic_file) stays readable here; one that is shortened in place does not.
+/// rename (see atomic_file) stays readable here; one that is shortened in place does not: reading
+/// what is gone raises SIGBUS, of which signal_cleanup makes a message.
 class mapped_file {
  public:
   /// Throws errc::io_error when `path` is not a regular file or cannot be read.
@@ -57,6 +60,10 @@ class mapped_file {
     struct stat info {};
     void* address = nullptr;
     int code = ::fstat(descriptor, &info) == 0 ? 0 : errno;
+    if (code == 0 && static_cast<std::uint64_t>(info.st_size) >
+                         static_cast<std::uint64_t>(std::numeric_limits<std::size_t>::max() / 2)) {
+      code = EFBIG;  // of a 32-bit machine
+    }
     if (code == 0 && info.st_size > 0) {
       address = ::mmap(nullptr, static_cast<std::size_t>(info.st_size), PROT_READ, MAP_PRIVATE,
                        descriptor, 0);
@@ -65,9 +72,16 @@ class mapped_file {
     ::close(descriptor);
     if (code != 0) fail_io("cannot map", path, code);
     bytes_ = {static_cast<const std::byte*>(address), static_cast<index_t>(info.st_size)};
+    if (bytes_.empty()) return;
+    detail::process_files& all = detail::process_files::instance();
+    const std::lock_guard<std::mutex> guard(all.mutex);
+    all.mappings.push_back({bytes_.data(), bytes_.size(), path});
   }
   void close() noexcept {
     if (!bytes_.empty()) {
+      detail::process_files& all = detail::process_files::instance();
+      const std::lock_guard<std::mutex> guard(all.mutex);
+      all.mappings.remove_if([&](const auto& range) { return range.begin == bytes_.data(); });
       ::munmap(const_cast<std::byte*>(bytes_.data()), static_cast<std::size_t>(bytes_.size()));
     }
   }

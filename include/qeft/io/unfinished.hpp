@@ -33,7 +33,9 @@ struct mapped_range {
 inline void remove_unfinished(const unfinished_output& output) noexcept {
   if (output.keep) return;
   std::error_code ignored;
-  std::filesystem::remove_all(output.path, ignored);
+  for (int i = 0; i < 3; ++i) {  // other threads may be writing into it still
+    if (std::filesystem::remove_all(output.path, ignored) == 0) break;
+  }
   for (auto parent = output.parents.rbegin(); parent != output.parents.rend(); ++parent) {
     std::filesystem::remove(*parent, ignored);
   }
