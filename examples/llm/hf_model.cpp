@@ -64,7 +64,7 @@ void hf_weights::require(const std::vector<tensor_spec>& expected) const {
   for (const tensor_spec& spec : expected) {
     const std::string what =
         contains(spec.name) ? complaint(reader_.at(stored_name(spec.name)), spec.shape)
-                            : "is missing";
+                            : reader_.absence(stored_name(spec.name));
     if (what.empty()) continue;
     if (++bad <= listed) list += "\n  " + spec.name + " " + what;
   }

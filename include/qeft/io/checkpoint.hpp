@@ -166,7 +166,9 @@ inline void add_linear(safetensors_writer& writer, const std::string& name,
 /// scaled zeros and weak columns must be finite: else errc::not_finite. Errors name the tensor.
 inline stored_linear read_linear(const safetensors_reader& reader, const std::string& name,
                                  const matrix_descriptor& d) {
-  validate(d).throw_if_error();
+  if (const status valid = validate(d); !valid.ok()) {
+    fail(valid.code(), reader.where() + ": layer '" + name + "': " + valid.message());
+  }
   const auto refuse_extra = [&](const std::string& tensor) {
     if (reader.contains(tensor)) {
       fail_corrupt(reader.where(), "tensor '" + tensor + "' exists, but its layer needs none");

@@ -65,9 +65,10 @@ class stream_hash {
 
 /// Hash of one tensor: of its bytes, then of its name, type and shape. A file's checksum is the sum
 /// over its tensors modulo 2^64, so the order in which tensors are stored does not matter.
-inline std::uint64_t tensor_checksum(stream_hash data, const std::string& name, dtype type,
-                                     const std::vector<index_t>& shape) {
-  data.update(name + " " + to_string(type) + " " + to_string(shape));
+/// @param type as the file spells it
+inline std::uint64_t tensor_checksum(stream_hash data, const std::string& name,
+                                     const std::string& type, const std::vector<index_t>& shape) {
+  data.update(name + " " + type + " " + to_string(shape));
   return data.finish();
 }
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "qeft/io/errors.hpp"
+#include "qeft/io/json.hpp"
 
 namespace qeft::io {
 inline namespace QEFT_TARGET {
@@ -19,7 +20,7 @@ class json_fields {
   /// @param where names the object in errors: a file, and the path to the object inside it
   json_fields(const nlohmann::json& object, std::string where)
       : object_(object), where_(std::move(where)) {
-    if (!object.is_object()) fail_corrupt(where_, "must be an object, not " + object.dump());
+    if (!object.is_object()) fail_corrupt(where_, "must be an object, not " + dump_json(object));
   }
 
   const std::string& where() const noexcept { return where_; }
@@ -35,7 +36,7 @@ class json_fields {
   /// Throws errc::corrupt_file "<where>: <key> is <value>, but must be <rule>".
   [[noreturn]] void refuse(const char* key, const std::string& rule) const {
     const nlohmann::json* value = find(key);
-    fail_corrupt(where_, std::string(key) + " is " + (value ? value->dump() : "missing") +
+    fail_corrupt(where_, std::string(key) + " is " + (value ? dump_json(*value) : "missing") +
                              ", but must be " + rule);
   }
 
@@ -78,6 +79,9 @@ class json_fields {
   std::string text(const char* key) const {
     const nlohmann::json* value = find(key);
     if (value == nullptr || !value->is_string()) refuse(key, "a string");
+    if (has_lone_surrogate(value->get_ref<const std::string&>())) {
+      refuse(key, "text, without half of a surrogate pair");
+    }
     return value->get<std::string>();
   }
   std::string text_or(const char* key, const std::string& absent) const {

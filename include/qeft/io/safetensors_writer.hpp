@@ -215,7 +215,7 @@ class safetensors_writer {
                                        std::to_string(size) + " bytes instead of " +
                                        std::to_string(t.bytes));
     }
-    return tensor_checksum(hash, t.name, t.type, t.shape);
+    return tensor_checksum(hash, t.name, to_string(t.type), t.shape);
   }
 
   metadata_map metadata_;
