@@ -146,6 +146,7 @@ inline inverse_factor factor_inverse(const on_host& exec, span<const float> h,
   }
   check(options);
   check_finite(exec, h.data(), n, n, "factor_inverse: the Hessian");
+  check_symmetric(exec, h.data(), n, "factor_inverse: the Hessian");
 
   inverse_factor result;
   double sum = 0.0;

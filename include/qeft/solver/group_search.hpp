@@ -80,32 +80,48 @@ struct group_choice {
 
 namespace detail {
 
+template <class Scalar>
+inline constexpr bool is_half_v = std::is_same_v<Scalar, half_bits>;
+template <class Scalar>
+inline constexpr double largest_scalar = is_half_v<Scalar> ? 65504.0 : 3.3895313892515355e38;
+/// Its product with an 8-bit code is finite in FP32.
+template <class Scalar>
+inline constexpr double largest_scale = is_half_v<Scalar> ? 65504.0 : 0x1p119;
+/// Can be divided by: positive, and a normal number of FP32.
+template <class Scalar>
+inline constexpr double smallest_scale = is_half_v<Scalar> ? 0x1p-24 : 0x1p-126;
+
 /// Rounds to a stored scalar; saturates instead of overflowing.
 template <class Scalar>
 Scalar store(double x) {
-  const double largest = std::is_same_v<Scalar, half_bits> ? 65504.0 : 3.3895313892515355e38;
+  constexpr double largest = largest_scalar<Scalar>;
   return from_float<Scalar>(static_cast<float>(std::clamp(x, -largest, largest)));
 }
 
-/// Rounds to a scale that can be divided by (positive, a normal float) and whose product with an
-/// 8-bit code is finite.
 template <class Scalar>
 Scalar store_scale(double x) {
-  constexpr bool is_half = std::is_same_v<Scalar, half_bits>;
-  return store<Scalar>(std::clamp(x, is_half ? 0x1p-24 : 0x1p-126, is_half ? 65504.0 : 0x1p119));
+  return store<Scalar>(std::clamp(x, smallest_scale<Scalar>, largest_scale<Scalar>));
+}
+
+/// What stored group parameters do: `zero` as quantized_matrix::write_params takes it.
+template <class Scalar>
+group_quantizer quantizer_of(const group_format& f, Scalar scale, unsigned zero) {
+  const float s = to_float(scale);
+  const auto max_code = static_cast<float>((1 << f.bits) - 1);
+  if (f.zero == zero_kind::scaled) {
+    return {s, to_float(Scalar{static_cast<std::uint16_t>(zero)}), 0.0F, max_code};
+  }
+  const auto z = static_cast<float>(f.zero == zero_kind::symmetric ? 1U << (f.bits - 1) : zero);
+  return {s, 0.0F, -z, max_code - z};
 }
 
 /// The parameters for a wanted scale and an integer zero point, rounded as they will be stored.
 template <class Scalar>
 group_choice make_choice(const group_format& f, Scalar scale, int zero) {
-  const float s = to_float(scale);
-  const auto max_code = static_cast<float>((1 << f.bits) - 1);
-  if (f.zero == zero_kind::scaled) {
-    const auto stored = store<Scalar>(-static_cast<double>(s) * zero);
-    return {scale.bits, stored.bits, {s, to_float(stored), 0.0F, max_code}};
-  }
-  const auto z = static_cast<float>(zero);
-  return {scale.bits, static_cast<std::uint16_t>(zero), {s, 0.0F, -z, max_code - z}};
+  const auto stored = f.zero == zero_kind::scaled
+                          ? store<Scalar>(-static_cast<double>(to_float(scale)) * zero).bits
+                          : static_cast<std::uint16_t>(zero);
+  return {scale.bits, stored, quantizer_of(f, scale, stored)};
 }
 
 /// min(w, 0) and max(w, 0).
@@ -222,25 +238,46 @@ inline std::pair<int, int> zero_candidates(const group_format& f) {
   return f.zero == zero_kind::symmetric ? std::pair{codes / 2, codes / 2} : std::pair{0, codes - 1};
 }
 
+/// Whether the min-max parameters of a group can be stored without saturating.
+template <class Scalar>
+bool fits(const weight_range& range, const group_format& f) {
+  const double scale = range.scale(f, 1, 1);
+  const double zero = f.zero == zero_kind::scaled ? scale - static_cast<double>(range.low) : 0.0;
+  return scale <= largest_scale<Scalar> && zero <= largest_scalar<Scalar>;
+}
+
+/// The best candidate so far. Searches meet the candidates in one order, and the first of equally
+/// good ones counts.
+struct best_candidate {
+  group_choice choice;
+  double error = std::numeric_limits<double>::infinity();
+  /// `choice` is a guess from outside of that order, which an equal candidate replaces.
+  bool guessed = false;
+
+  /// Whether it is the best now.
+  bool offer(const group_choice& candidate, double e) {
+    if (!(e < error || (e == error && guessed))) return false;
+    choice = candidate;
+    error = e;
+    guessed = false;
+    return true;
+  }
+};
+
 template <class Scalar, class Norm>
 group_choice exhaustive(span<const float> w, const group_format& f, int steps, const Norm& norm) {
   const weight_range range(w);
   const auto [first_zero, last_zero] = zero_candidates(f);
-  group_choice best;
-  double least = std::numeric_limits<double>::infinity();
+  best_candidate best;
   for (int i = steps; i >= 1; --i) {
     const auto scale = store_scale<Scalar>(range.scale(f, i, steps));
     for (int z = first_zero; z <= last_zero; ++z) {
       const group_choice candidate = make_choice<Scalar>(f, scale, z);
-      const double e =
-          group_error(w, candidate.quantizer, norm, std::numeric_limits<double>::infinity());
-      if (e < least) {
-        least = e;
-        best = candidate;
-      }
+      best.offer(candidate, group_error(w, candidate.quantizer, norm,
+                                        std::numeric_limits<double>::infinity()));
     }
   }
-  return best;
+  return best.choice;
 }
 
 template <class Scalar>
@@ -250,53 +287,56 @@ group_choice minmax(span<const float> w, const group_format& f) {
   return make_choice<Scalar>(f, scale, range.zero_point(f, to_float(scale)));
 }
 
+/// The largest error of a single weight in a sum sum |e|^p: a candidate that clips an extreme
+/// weight by more loses against that sum.
+template <class Norm>
+double largest_error(double sum, double p, const Norm& norm) {
+  constexpr double rounding = 1.001;               // all of group_error's and power_norm's
+  const double underflow = std::exp2(-120.0 / p);  // what power_norm takes for 0 is smaller
+  return (rounding * std::pow(sum, 1.0 / p) + underflow) / static_cast<double>(norm.normalize);
+}
+
+/// By how much a window [lowest, highest] of representable values clips the group's extreme
+/// weights.
+inline double clipping(const weight_range& range, const group_quantizer& q) {
+  const double below = static_cast<double>(q.value(q.lower)) - static_cast<double>(range.low);
+  const double above = static_cast<double>(range.high) - static_cast<double>(q.value(q.upper));
+  return std::max(below, above);
+}
+
+/// By how much a window of this width clips at one of its ends, wherever it lies.
+inline double least_clipping(const weight_range& range, const group_format& f, float scale) {
+  const double width = static_cast<double>(range.high) - static_cast<double>(range.low);
+  return (width - static_cast<double>(scale) * ((1 << f.bits) - 1)) / 2.0;
+}
+
 template <class Scalar, class Norm>
 group_choice pruned(span<const float> w, const group_format& f, int steps, double p,
                     const Norm& norm) {
   const weight_range range(w);
   const auto [first_zero, last_zero] = zero_candidates(f);
-  const auto max_code = static_cast<double>((1 << f.bits) - 1);
+  // The unclipped range is a good first bound.
+  best_candidate best;
+  best.choice = minmax<Scalar>(w, f);
+  best.error = group_error(w, best.choice.quantizer, norm, best.error);
+  best.guessed = true;
+  double limit = largest_error(best.error, p, norm);
 
-  // The unclipped range is a good first bound; the loops meet it again in its turn, and `<=` there
-  // keeps the first of equally good candidates, as the exhaustive search does.
-  group_choice best = minmax<Scalar>(w, f);
-  double least = group_error(w, best.quantizer, norm, std::numeric_limits<double>::infinity());
-  bool in_order = false;  // whether `best` was found by the loops
-
-  // An error sum of `least` bounds each single error: a candidate that clips an extreme weight by
-  // more than `reach` loses. 0.1% covers every rounding and the error of power_norm,
-  // `underflow` what its smallest values lose.
-  const double underflow = std::exp2(-120.0 / p);
-  const auto reach_of = [&](double sum) {
-    return (1.001 * std::pow(sum, 1.0 / p) + underflow) / static_cast<double>(norm.normalize);
-  };
-  double reach = reach_of(least);
-
-  const double width = static_cast<double>(range.high) - static_cast<double>(range.low);
   std::uint16_t previous = 0;
   for (int i = steps; i >= 1; --i) {
     const auto scale = store_scale<Scalar>(range.scale(f, i, steps));
     if (scale.bits == previous) continue;  // rounded to a scale that was just tried
     previous = scale.bits;
-    // Whatever the zero point, one end of a too narrow window clips by half of what is missing; and
-    // windows only get narrower.
-    if ((width - static_cast<double>(to_float(scale)) * max_code) / 2.0 > reach) break;
+    if (least_clipping(range, f, to_float(scale)) > limit) break;  // windows only get narrower
     for (int z = first_zero; z <= last_zero; ++z) {
       const group_choice candidate = make_choice<Scalar>(f, scale, z);
-      const group_quantizer& q = candidate.quantizer;
-      const double below = static_cast<double>(q.value(q.lower)) - static_cast<double>(range.low);
-      const double above = static_cast<double>(range.high) - static_cast<double>(q.value(q.upper));
-      if (below > reach || above > reach) continue;
-      const double e = group_error(w, q, norm, least);
-      if (e < least || (e == least && !in_order)) {
-        least = e;
-        best = candidate;
-        in_order = true;
-        reach = reach_of(least);
+      if (clipping(range, candidate.quantizer) > limit) continue;
+      if (best.offer(candidate, group_error(w, candidate.quantizer, norm, best.error))) {
+        limit = largest_error(best.error, p, norm);
       }
     }
   }
-  return best;
+  return best.choice;
 }
 
 template <class Visitor>
@@ -336,6 +376,13 @@ inline group_choice pruned_search(span<const float> w, const group_format& f,
     return detail::visit_scalar(
         f.scalar, [&](auto s) { return detail::pruned<decltype(s)>(w, f, o.steps, o.norm, norm); });
   });
+}
+
+/// Whether the range of the weights fits the scalar type of the format: its min-max scale and
+/// scaled zero point are stored without saturating. False for a range that is not finite.
+inline bool fits(span<const float> w, const group_format& f) {
+  return detail::visit_scalar(
+      f.scalar, [&](auto s) { return detail::fits<decltype(s)>(detail::weight_range(w), f); });
 }
 
 /// The search that `o.method` names.

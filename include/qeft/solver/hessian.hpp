@@ -10,8 +10,8 @@
 
 namespace qeft::solver {
 
-/// diag(H) alone, for the choice of weak columns before any layer is quantised: (in_channels) sums in
-/// double.
+/// diag(H) alone, for the choice of weak columns before any layer is quantised: (in_channels) sums
+/// in double.
 class diagonal_accumulator {
  public:
   explicit diagonal_accumulator(index_t in_channels)

@@ -98,8 +98,7 @@ class layer_builder {
       : matrix_(describe(out_channels, in_channels, o), o.weak_columns),
         extent_(matrix_.descriptor().extent()),
         format_{o.bits, o.zero, o.scalar} {
-    zeros_.resize(
-        o.zero == zero_kind::integer ? static_cast<std::size_t>(out_channels * extent_.groups) : 0);
+    choices_.resize(static_cast<std::size_t>(out_channels * extent_.groups));
     dense_columns_ = weak_last(in_channels, o.weak_columns).source();
     dense_columns_.resize(static_cast<std::size_t>(extent_.dense));
   }
@@ -111,14 +110,22 @@ class layer_builder {
   const std::vector<std::int32_t>& dense_columns() const noexcept { return dense_columns_; }
   span<const std::int32_t> weak_columns() const noexcept { return matrix_.weak_index(); }
 
-  void set_params(index_t row, index_t group, const group_choice& choice) {
-    const index_t at = layout::row_packed::scale_index(extent_, row, group);
-    reinterpret_cast<std::uint16_t*>(matrix_.scales().data())[at] = choice.scale_bits;
-    if (format_.zero == zero_kind::scaled) {
-      reinterpret_cast<std::uint16_t*>(matrix_.zeros().data())[at] = choice.zero;
-    } else if (format_.zero == zero_kind::integer) {
-      zeros_[static_cast<std::size_t>(at)] = static_cast<std::uint8_t>(choice.zero);
+  /// Searches the parameters of a group for these weights and stores them. Throws when the weights
+  /// do not fit the scalar type.
+  group_quantizer find_params(index_t row, index_t group, span<const float> weights,
+                              const group_search_options& search) {
+    if (!fits(weights, format_)) {
+      const detail::weight_range range(weights);
+      fail(errc::not_finite, "quantize_layer: the weights of row " + std::to_string(row) +
+                                 ", group " + std::to_string(group) + " reach from " +
+                                 std::to_string(range.low) + " to " + std::to_string(range.high) +
+                                 ", which overflows the group parameters in " +
+                                 to_string(format_.scalar));
     }
+    const group_choice choice = solver::find_params(weights, format_, search);
+    choices_[static_cast<std::size_t>(row * extent_.groups + group)] = {choice.scale_bits,
+                                                                        choice.zero};
+    return choice.quantizer;
   }
 
   /// @param codes (dense columns)
@@ -146,11 +153,11 @@ class layer_builder {
   }
 
   quantized_matrix<> finish() && {
-    if (format_.zero == zero_kind::integer) {
-      visit_bits(format_.bits, [&](auto bits) {
-        pack_array<bits>(zeros_.data(), static_cast<index_t>(zeros_.size()),
-                         reinterpret_cast<std::uint32_t*>(matrix_.zeros().data()));
-      });
+    for (index_t n = 0; n < extent_.out_channels; ++n) {
+      for (index_t g = 0; g < extent_.groups; ++g) {
+        const auto [scale_bits, zero] = choices_[static_cast<std::size_t>(n * extent_.groups + g)];
+        matrix_.write_params(n, g, scale_bits, zero);
+      }
     }
     return std::move(matrix_);
   }
@@ -159,7 +166,8 @@ class layer_builder {
   quantized_matrix<> matrix_;
   layout::extent extent_;
   group_format format_;
-  std::vector<std::uint8_t> zeros_;  // integer zero points, which share words across rows
+  // Scale and zero of every group: in the matrix, zero points of several rows share words.
+  std::vector<std::pair<std::uint16_t, std::uint16_t>> choices_;
   std::vector<std::int32_t> dense_columns_;
 };
 

@@ -35,19 +35,12 @@ inline void dequantize_row(const quantized_matrix<>& m, index_t n, std::vector<s
       index_t i = 0;
       for (index_t g = 0; g < e.groups; ++g) {
         const auto [scale, zero] = m.read_params(n, g);
-        const float s = to_float(scalar_type{scale});
-        float offset = 0.0F;
-        float lower = 0.0F;
-        if (d.zero == zero_kind::scaled) {
-          offset = to_float(scalar_type{static_cast<std::uint16_t>(zero)});
-        } else {
-          lower = d.zero == zero_kind::symmetric ? -static_cast<float>(1 << (d.bits - 1))
-                                                 : -static_cast<float>(zero);
-        }
+        const group_quantizer q =
+            quantizer_of(group_format{d.bits, d.zero, d.scalar}, scalar_type{scale}, zero);
         const index_t end = std::min(e.dense, i + d.columns_per_group());
         for (; i < end; ++i) {
-          out[weak.dense_column(i, d.in_channels)] =
-              s * (static_cast<float>(codes[static_cast<std::size_t>(i)]) + lower) + offset;
+          const auto code = static_cast<float>(codes[static_cast<std::size_t>(i)]);
+          out[weak.dense_column(i, d.in_channels)] = q.value(q.lower + code);
         }
       }
       const auto* values = reinterpret_cast<const scalar_type*>(m.weak().data());

@@ -5,9 +5,11 @@
 #pragma once
 
 #include <Eigen/Core>
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <string>
+#include <vector>
 
 #include "qeft/core/memory.hpp"
 #include "qeft/core/on_host.hpp"
@@ -54,6 +56,45 @@ inline void check_finite(const on_host& exec, const float* x, index_t rows, inde
   fail(errc::not_finite, what + ": row " + std::to_string(i / cols) + ", column " +
                              std::to_string(i % cols) + " is " + std::to_string(x[i]) +
                              ", but must be finite");
+}
+
+/// Throws errc::invalid_argument naming an entry in which a finite n x n Hessian is not symmetric
+/// by more than rounding: |h_ij - h_ji| <= 1e-4 sqrt(h_ii h_jj). Every use of H reads one triangle.
+inline void check_symmetric(const on_host& exec, const float* h, index_t n,
+                            const std::string& what) {
+  constexpr index_t tile = 64;
+  std::vector<double> size(static_cast<std::size_t>(n));
+  for (index_t j = 0; j < n; ++j) {
+    size[static_cast<std::size_t>(j)] = std::sqrt(std::abs(static_cast<double>(h[j * (n + 1)])));
+  }
+  const index_t tiles = ceil_div(n, tile);
+  std::atomic<index_t> first_bad{n * n};
+  exec.parallel_for(tiles, 1, [&](index_t begin, index_t end) {
+    for (index_t t = begin; t < end; ++t) {
+      for (index_t first = 0; first <= t * tile; first += tile) {  // the lower tiles of a row
+        for (index_t i = t * tile; i < std::min(n, (t + 1) * tile); ++i) {
+          for (index_t j = first; j < std::min(i, first + tile); ++j) {
+            const double limit =
+                1e-4 * size[static_cast<std::size_t>(i)] * size[static_cast<std::size_t>(j)];
+            const auto difference =
+                static_cast<double>(h[i * n + j]) - static_cast<double>(h[j * n + i]);
+            if (std::abs(difference) <= limit) continue;
+            index_t seen = first_bad.load();
+            while (i * n + j < seen && !first_bad.compare_exchange_weak(seen, i * n + j)) {
+            }
+          }
+        }
+      }
+    }
+  });
+  const index_t at = first_bad.load();
+  if (at == n * n) return;
+  const index_t i = at / n;
+  const index_t j = at % n;
+  fail(errc::invalid_argument, what + " is not symmetric: entry (" + std::to_string(i) + ", " +
+                                   std::to_string(j) + ") is " + std::to_string(h[i * n + j]) +
+                                   ", but (" + std::to_string(j) + ", " + std::to_string(i) +
+                                   ") is " + std::to_string(h[j * n + i]));
 }
 
 }  // namespace qeft::solver

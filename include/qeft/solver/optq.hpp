@@ -128,9 +128,8 @@ class optq_solver {
   }
 
   void find_group(tile_state& s, index_t r, index_t g, span<const float> weights) const {
-    const group_choice choice = find_params(weights, builder_.format(), options_.search);
-    builder_.set_params(s.first_row + r, g, choice);
-    s.quantizers[static_cast<std::size_t>(r * e_.groups + g)] = choice.quantizer;
+    s.quantizers[static_cast<std::size_t>(r * e_.groups + g)] =
+        builder_.find_params(s.first_row + r, g, weights, options_.search);
   }
 
   void find_static_params(tile_state& s) const {

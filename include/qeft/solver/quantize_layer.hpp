@@ -30,6 +30,7 @@ inline void check_layer(const on_host& exec, span<const float> w, index_t out_ch
   check_finite(exec, w.data(), out_channels, in_channels, "quantize_layer: w");
   if (!h.empty()) {
     check_finite(exec, h.data(), in_channels, in_channels, "quantize_layer: the Hessian");
+    check_symmetric(exec, h.data(), in_channels, "quantize_layer: the Hessian");
   }
 }
 
@@ -51,8 +52,8 @@ class stopwatch {
 
 /// Quantises W by RTN or OPTQ. The result does not depend on the number of threads and never holds
 /// NaN or infinity: what is not finite in `w` or `h` is an error that names row and column, a
-/// Hessian that no damping repairs is errc::not_positive_definite, and a weak column that leaves
-/// the range of its 16-bit type is errc::not_finite.
+/// Hessian that no damping repairs is errc::not_positive_definite, and a group or weak column that
+/// leaves the range of its 16-bit type is errc::not_finite (see choose_scalar).
 ///
 /// OPTQ sets robust columns of dead inputs (H_jj = 0) to zero; RTN and weak columns keep them. With
 /// a Hessian of zeros OPTQ equals RTN.

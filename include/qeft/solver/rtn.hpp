@@ -24,12 +24,10 @@ inline void solve_rtn(const on_host& exec, const float* w, index_t in_channels,
       for (index_t g = 0; g < e.groups; ++g) {
         const index_t first = g * group_size;
         const index_t last = std::min(first + group_size, e.dense);
-        const group_choice choice =
-            find_params(span<const float>(dense.data() + first, last - first), builder.format(),
-                        options.search);
-        builder.set_params(n, g, choice);
+        const group_quantizer q =
+            builder.find_params(n, g, {dense.data() + first, last - first}, options.search);
         for (auto i = static_cast<std::size_t>(first); i < static_cast<std::size_t>(last); ++i) {
-          codes[i] = choice.quantizer.code(choice.quantizer.level(dense[i]));
+          codes[i] = q.code(q.level(dense[i]));
         }
       }
       builder.set_codes(n, codes.data());

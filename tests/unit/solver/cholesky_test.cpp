@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -165,4 +166,43 @@ TEST_CASE("what is no Hessian is refused") {
   CHECK(code_of({1.0F, 0.0F, 0.0F}) == qeft::errc::invalid_argument);
   CHECK(code_of({1.0F, 0.0F, 0.0F, 1.0F}, {-0.1, false}) == qeft::errc::invalid_argument);
   CHECK(code_of({1.0F, 0.0F, 0.0F, 1.0F}, {std::nan(""), false}) == qeft::errc::invalid_argument);
+}
+
+TEST_CASE("a pivot that is only rounding error does not count as positive") {
+  const on_host exec(1);
+  constexpr double ulp = std::numeric_limits<double>::epsilon();
+  std::vector<double> singular = {1.0, 1.0, 1.0, 1.0 + ulp};  // what rounding makes of rank 1
+  CHECK_FALSE(qeft::solver::detail::cholesky_lower(exec, singular.data(), 2));
+  std::vector<double> regular = {1.0, 1.0, 1.0, 1.0 + 16 * ulp};
+  CHECK(qeft::solver::detail::cholesky_lower(exec, regular.data(), 2));
+  // The same far behind, in a later block of columns.
+  const index_t n = 200;
+  const auto matrix = [&](double last) {
+    std::vector<double> a(static_cast<std::size_t>(n * n));
+    for (index_t j = 0; j < n; ++j) a[static_cast<std::size_t>(j * (n + 1))] = 1.0;
+    a[static_cast<std::size_t>(n - 1)] = 1.0;  // the last row equals the first
+    a[static_cast<std::size_t>(n * n - 1)] = 1.0 + last;
+    return a;
+  };
+  std::vector<double> late = matrix(100 * ulp);
+  CHECK_FALSE(qeft::solver::detail::cholesky_lower(exec, late.data(), n));
+  late = matrix(1000 * ulp);
+  CHECK(qeft::solver::detail::cholesky_lower(exec, late.data(), n));
+}
+
+TEST_CASE("a Hessian that is not symmetric is refused by entry") {
+  const on_host exec(2);
+  for (const index_t n : {2, 70, 200}) {
+    auto h = make_hessian(n, 4 * n);
+    for (const auto& [r, c] : {std::pair{n - 1, index_t{0}}, {index_t{0}, n - 1}}) {
+      auto broken = h;
+      broken[static_cast<std::size_t>(r * n + c)] += 0.5F * h[0];
+      const auto factor = [&] { factor_inverse(exec, broken, permutation::identity(n), n, {}); };
+      CHECK_THROWS_WITH(factor(), qeft_test::contains("not symmetric: entry (" +
+                                                      std::to_string(n - 1) + ", 0) is"));
+      broken[static_cast<std::size_t>(r * n + c)] =
+          h[static_cast<std::size_t>(r * n + c)] + 1e-6F * h[0];  // rounding
+      factor();
+    }
+  }
 }

@@ -92,6 +92,24 @@ TEST_CASE("H does not depend on how tokens are cut into samples") {
   }
 }
 
+TEST_CASE("the diagonal alone is that of H, for any number of threads") {
+  const index_t ic = 150;
+  const auto x = make_activations(70, ic);
+  hessian_accumulator whole(ic);
+  whole.add(on_host(1), x.data(), 70);
+  const auto diagonal_of = [&](int threads) {
+    qeft::solver::diagonal_accumulator d(ic);
+    CHECK(d.diagonal() == std::vector<double>(static_cast<std::size_t>(ic), 0.0));
+    d.add(on_host(threads), x.data(), 30);
+    d.add(on_host(threads), x.data() + 30 * ic, 40);
+    return d.diagonal();
+  };
+  const auto one = diagonal_of(1);
+  const auto expected = whole.diagonal();
+  for (std::size_t j = 0; j < one.size(); ++j) CHECK(one[j] == Approx(expected[j]));
+  CHECK(diagonal_of(3) == one);
+}
+
 TEST_CASE("a negative number of tokens is refused") {
   hessian_accumulator h(2);
   const float x[] = {1.0F, 2.0F};

@@ -9,6 +9,7 @@
 
 #include "qeft/solver/hessian.hpp"
 #include "qeft/solver/quantize_layer.hpp"
+#include "qeft/solver/scalar_choice.hpp"
 #include "support/cases.hpp"
 #include "support/catch.hpp"
 
@@ -521,5 +522,139 @@ TEST_CASE("bad input is an error that names it") {
     o = {};
     o.tuning.tile_rows = 0;
     CHECK(failure(good, o).first == errc::invalid_argument);
+  }
+}
+
+TEST_CASE("compensated weights that overflow FP32 are an error, weak columns or not") {
+  // Column 1 has almost no activation of its own but follows column 0, so that it takes 10,000
+  // times the error of column 0. Columns 2 and 3 set the range.
+  problem p{1, 4, {0.1e36F, 0.1e36F, -0.9e36F, 0.9e36F}, std::vector<float>(16, 0.0F), {}};
+  for (std::size_t j = 0; j < 4; ++j) p.h[5 * j] = 1.0F;
+  p.h[5] = 1e-8F;
+  p.h[1] = p.h[4] = 0.9999e-4F;
+  layer_options o;
+  o.bits = 2;
+  o.scalar = qeft::scalar_kind::bf16;
+  o.group_size = 32;
+  o.static_groups = true;
+  o.search.method = qeft::solver::search_method::minmax;
+  o.damping.damping = 0.0;
+  const auto message = [&] {
+    try {
+      solve(on_host(1), p, o);
+    } catch (const qeft::error& e) {
+      CHECK(e.code() == errc::not_finite);
+      return std::string(e.what());
+    }
+    return std::string();
+  };
+  CHECK_THAT(message(), qeft_test::contains("overflow FP32"));
+  o.weak_columns = {1};
+  CHECK_THAT(message(), qeft_test::contains("overflow"));
+  for (float& w : p.w) w *= 1e-6F;
+  CHECK(message().empty());
+}
+
+TEST_CASE("group parameters never saturate in silence") {
+  const on_host exec(1);
+  problem p = make_problem(4, 64);
+  const auto message = [&](float size, qeft::scalar_kind scalar, zero_kind zero) {
+    problem q = p;
+    q.w[2 * 64 + 40] = -size;
+    layer_options o;
+    o.method = layer_method::rtn;
+    o.group_size = 32;
+    o.scalar = scalar;
+    o.zero = zero;
+    try {
+      solve(exec, q, o);
+    } catch (const qeft::error& e) {
+      CHECK(e.code() == errc::not_finite);
+      return std::string(e.what());
+    }
+    return std::string();
+  };
+  constexpr auto half = qeft::scalar_kind::half;
+  constexpr auto bf16 = qeft::scalar_kind::bf16;
+  CHECK(message(9e5F, half, zero_kind::integer).empty());  // 15 * 65504 = 982,560
+  CHECK_THAT(message(1e6F, half, zero_kind::integer), qeft_test::contains("row 2, group 1 reach"));
+  CHECK(message(6e4F, half, zero_kind::scaled).empty());
+  CHECK_THAT(message(7e4F, half, zero_kind::scaled), qeft_test::contains("f16"));
+  CHECK(message(1e6F, bf16, zero_kind::scaled).empty());
+  CHECK_THAT(message(1e37F, bf16, zero_kind::integer), qeft_test::contains("bf16"));
+}
+
+TEST_CASE("the scalar type is the one that loses less, so that errors do not depend on the size") {
+  const on_host exec(2);
+  const problem p = make_problem(24, 160);
+  const auto choose = [&](const std::vector<float>& w, const layer_options& o) {
+    return qeft::solver::choose_scalar(exec, w, p.oc, p.ic, o);
+  };
+  const auto scaled = [&](float factor) {
+    std::vector<float> w = p.w;
+    for (float& x : w) x *= factor;
+    return w;
+  };
+  const auto relative = [&](const std::vector<float>& w, layer_options o) {
+    o.scalar = choose(w, o);
+    double whole = 0;
+    for (const float x : w) whole += static_cast<double>(x) * static_cast<double>(x);
+    return std::sqrt(*quantize_layer(exec, w, p.oc, p.ic, {}, o).report.squared_error / whole);
+  };
+  constexpr auto half = qeft::scalar_kind::half;
+  constexpr auto bf16 = qeft::scalar_kind::bf16;
+  for (const int bits : {2, 3, 4, 8}) {
+    for (const auto zero : {zero_kind::symmetric, zero_kind::integer, zero_kind::scaled}) {
+      for (const bool weak : {false, true}) {
+        layer_options o;
+        o.method = layer_method::rtn;
+        o.bits = bits;
+        o.zero = zero;
+        o.group_size = 32;
+        if (weak) o.weak_columns = p.outliers;
+        CHECK(choose(p.w, o) == half);
+        const double normal = relative(p.w, o);
+        // Scaled zeros have 8 bits in BF16, as many as the codes.
+        const double slack = zero == zero_kind::scaled && bits == 8 ? 2.5 : 1.1;
+        for (const int power : {-4, -8, -12, -16, -20, -26, -40, -80, 18, 60, 110}) {
+          INFO("bits " << bits << " zero " << static_cast<int>(zero) << " power " << power);
+          const std::vector<float> w = scaled(std::ldexp(1.0F, power));
+          CHECK(relative(w, o) < slack * normal);
+          if (power <= -20 || power >= 60) CHECK(choose(w, o) == bf16);
+        }
+      }
+    }
+  }
+  layer_options o;
+  o.group_size = 32;
+  std::vector<float> w = p.w;
+  w[7] = 16385.0F;  // may overflow as a weak column
+  CHECK(choose(w, o) == bf16);
+  w[7] = 16384.0F;
+  CHECK(choose(w, o) == half);
+  w = p.w;  // a single row that FP16 scales would lose
+  for (std::size_t j = 0; j < 160; ++j) w[3 * 160 + j] *= 0x1p-22F;
+  CHECK(choose(w, o) == bf16);
+  w = p.w;  // a weak column that FP16 would lose
+  for (std::size_t n = 0; n < 24; ++n) w[n * 160 + 5] *= 0x1p-22F;
+  CHECK(choose(w, o) == half);
+  o.weak_columns = {5};
+  CHECK(choose(w, o) == bf16);
+  w = p.w;  // zeros lose nothing
+  for (std::size_t j = 0; j < 160; ++j) w[3 * 160 + j] = 0.0F;
+  CHECK(choose(w, o) == half);
+  w[7] = 1e36F;
+  CHECK_THROWS_WITH(choose(w, o), qeft_test::contains("2^117"));
+  w.pop_back();
+  CHECK_THROWS_WITH(choose(w, o), qeft_test::contains("choose_scalar: w has"));
+}
+
+TEST_CASE("an asymmetric Hessian is refused by both methods") {
+  problem p = make_problem(3, 40);
+  p.h[2 * 40 + 9] += p.h[0];
+  for (const auto method : {layer_method::rtn, layer_method::optq}) {
+    layer_options o;
+    o.method = method;
+    CHECK_THROWS_WITH(solve(on_host(1), p, o), qeft_test::contains("entry (9, 2)"));
   }
 }
