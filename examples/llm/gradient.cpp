@@ -61,6 +61,11 @@ class gradient_pass {
       inputs.push_back(stream);
       const activations a = run_block(l, inputs.back());
       stream = a.middle + apply(linear_name(l, linear_kind::down), a.inner);
+      if (!stream.allFinite()) {
+        fail(errc::not_finite,
+             "model.layers." + std::to_string(l) +
+                 ": the activations of the model are not finite behind this block");
+      }
     }
     matrix d_stream = matrix::Zero(stream.rows(), stream.cols());
     const double loss = head_backward(tokens, stream, d_stream);
@@ -82,7 +87,7 @@ class gradient_pass {
     matrix middle;        // the stream between attention and MLP
     matrix mlp_in;        // after the second norm
     matrix gate, up;
-    matrix inner;  // silu(gate) * up: down_proj's input
+    matrix inner;        // silu(gate) * up: down_proj's input
     index_t window = 0;  // of attention, 0 for none
   };
 
@@ -355,7 +360,8 @@ column_sensitivities gradient_sensitivity(const qeft::on_host& exec, const model
     const double loss = pass.add(window);
     if (!std::isfinite(loss)) {
       fail(errc::not_finite, "gradient_sensitivity: the loss of sample " + std::to_string(sample) +
-                                 " is " + std::to_string(loss));
+                                 " is " + std::to_string(loss) +
+                                 ", although no block's output is infinite or NaN");
     }
     if (progress) progress(sample, loss);
     ++sample;

@@ -122,6 +122,8 @@ void add_quantize(CLI::App& command, quantize_options& o, std::string& device) {
   command.add_flag("--static-groups", o.layer.static_groups,
                    "group parameters from the weights before any compensation");
   command.add_flag("--compare-rtn", o.compare_rtn, "also find each layer's error under RTN, for inspect");
+  command.add_flag("--keep-partial", o.keep_partial,
+                   "when interrupted, keep the finished layers; the same command goes on with them");
   command.add_flag("--json", o.json, "print a JSON object that describes the result");
 }
 

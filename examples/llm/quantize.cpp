@@ -109,7 +109,8 @@ class quantizer {
       weak_.take_from(o_.weak_columns_from);
       reorder(o_, config_, weak_);  // throws when those of o_proj do not suit its placement
     }
-    qeft::io::atomic_directory out(o_.out);
+    qeft::io::atomic_directory out(o_.out, qeft::io::leftovers::reuse);
+    out.keep(o_.keep_partial);
     work_.emplace(out.partial(), fingerprint(o_));
     check_tensors(source_);
     source_.report_rounding();
@@ -148,8 +149,9 @@ class quantizer {
     const auto progress_file = work_->load("blocks");
     const index_t finished = progress_file ? progress_file->at("finished").get<index_t>() : 0;
     if (work_->resumed()) {
-      std::fprintf(stderr, "going on behind %lld finished blocks\n",
-                   static_cast<long long>(finished));
+      std::fprintf(stderr, "going on with what an interrupted run left: %lld of %lld blocks\n",
+                   static_cast<long long>(finished),
+                   static_cast<long long>(config_.num_hidden_layers));
     }
     for (index_t l = 0; l < finished; ++l) {
       for (const linear_kind kind : all_linears) recall(l, kind);

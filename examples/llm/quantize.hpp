@@ -27,9 +27,10 @@ struct quantize_options {
   /// QEFT checkpoint whose weak columns, and their number, are reused; empty for none.
   std::string weak_columns_from;
   std::uint64_t seed = 0;
-  bool compare_rtn = false;  // also find the error of RTN on every layer
-  bool json = false;         // describe the result on stdout
-  int threads = 0;           // 0: one per hardware thread
+  bool compare_rtn = false;   // also find the error of RTN on every layer
+  bool keep_partial = false;  // a run that fails or is interrupted leaves its finished layers
+  bool json = false;          // describe the result on stdout
+  int threads = 0;            // 0: one per hardware thread
 
   /// Whether weak columns are chosen, instead of taken over.
   bool chooses_columns() const { return weak_columns > 0 && weak_columns_from.empty(); }

@@ -3,6 +3,7 @@
 // disk.
 #include <sys/wait.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -39,6 +40,11 @@ outcome run(const std::string& arguments, const std::string& setup = "") {
   const int status = ::pclose(pipe);
   if (WIFEXITED(status)) result.status = WEXITSTATUS(status);
   return result;
+}
+
+bool mentions_any(const std::string& text, std::initializer_list<const char*> fragments) {
+  return std::any_of(fragments.begin(), fragments.end(),
+                     [&](const char* f) { return text.find(f) != std::string::npos; });
 }
 
 std::string last_line(const std::string& text) {
@@ -339,6 +345,71 @@ TEST_CASE("logits that are not finite end generate and perplexity") {
   const outcome measured = run("perplexity --seq-len 64 --text " + w.at("text") + model);
   CHECK(measured.status == 1);
   CHECK(mentions(measured.text, {"the model's logits are not finite"}));
+}
+
+TEST_CASE("what a model or directory lacks is said before any layer is quantised") {
+  const workplace w;
+  const auto refused_early = [&](std::initializer_list<const char*> fragments,
+                                 const std::string& more = "") {
+    const outcome result = run(w.quantize("damaged") + more);
+    CHECK_FALSE(mentions_any(result.text, {"quantising", "choosing", "gradients"}));
+    return w.refused(result, fragments);
+  };
+  const auto with = [&](const std::string& tensor, double value) {
+    reference_model broken = w.model;
+    broken.tensors.at(tensor)[7] = value;
+    write_tensors(w.copy("damaged"), broken, dtype::f32);
+  };
+  const std::string embedding = "model.embed_tokens.weight";
+  for (const std::string& tensor : {embedding, std::string("model.norm.weight"),
+                                    std::string("model.layers.1.post_attention_layernorm.weight"),
+                                    std::string("model.layers.0.self_attn.v_proj.weight")}) {
+    for (const char* options : {"", "--method rtn --weak-columns 0", "--selection gradient"}) {
+      with(tensor, INFINITY);
+      CHECK(refused_early({tensor.c_str(), "finite"}, options));
+    }
+  }
+  with("model.layers.0.self_attn.v_proj.weight", 1e37);  // beyond the scales of BF16
+  CHECK(refused_early({"model.layers.0.self_attn.v_proj", "overflows", "BF16"}));
+
+  w.copy("damaged");
+  fs::create_directory(w.dir / "damaged" / "special_tokens_map.json");
+  CHECK(refused_early({"special_tokens_map.json", "not a regular file"}));
+  w.copy("damaged");
+  fs::create_symlink("nowhere", w.dir / "damaged" / "merges.txt");
+  CHECK(refused_early({"merges.txt"}));
+}
+
+TEST_CASE("activations that are not finite are the model's, in a layer") {
+  const workplace w;
+  const auto quantize_with = [&](double size, const std::string& options) {
+    reference_model broken = w.model;
+    for (double& x : broken.tensors.at("model.layers.1.input_layernorm.weight")) x = size;
+    write_tensors(w.copy("damaged"), broken, dtype::f32);
+    return run(w.quantize("damaged") + options);
+  };
+  for (const char* options :
+       {"", "--reorder off", "--weak-columns 0", "--selection gradient", "--compare-rtn"}) {
+    CHECK(w.refused(quantize_with(3e38, options),
+                    {"model.layers.1", "the activations of the model are not finite"}));
+  }
+  CHECK(w.refused(quantize_with(1e19, ""), {"model.layers.1.self_attn.q_proj", "so large"}));
+}
+
+TEST_CASE("quantize describes its result as JSON") {
+  const workplace w;
+  const outcome made = run(w.quantize() + "--json --compare-rtn 2>/dev/null");
+  REQUIRE(made.status == 0);
+  const json described = json::parse(made.text);
+  CHECK(described.at("method") == "optq");
+  CHECK(described.at("samples") == 6);
+  CHECK(described.at("bits_per_weight").get<double>() > 4.5);
+  REQUIRE(described.at("layers").size() == 14);
+  const json& layer = described.at("layers").at(3);
+  CHECK(layer.at("name") == "model.layers.0.self_attn.o_proj");
+  CHECK(layer.at("weak_columns").size() == 8);
+  CHECK(layer.at("output_error").get<double>() < layer.at("rtn_output_error").get<double>());
+  CHECK(layer.at("scalar") == "f16");
 }
 
 TEST_CASE("Hessians without rank give models without NaN") {

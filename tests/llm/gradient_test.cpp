@@ -159,9 +159,18 @@ TEST_CASE("gradients of bad samples are refused", "[llm]") {
   CHECK_THAT(refused({-1, 3}).message, contains("holds token -1"));
 
   // A model whose numbers overflow must not choose columns by NaN.
-  model_config huge = tiny();
-  huge.rms_norm_eps = std::numeric_limits<double>::quiet_NaN();
-  CHECK(catch_error([&] {
-          gradient_sensitivity(qeft::on_host(1), huge, model.weights(), {{1, 2, 3}});
-        }).code == errc::not_finite);
+  const auto sensitivity_of = [](random_model& m) {
+    write_tensors(m.directory.path(), m, dtype::f32);
+    return catch_error([&] {
+      gradient_sensitivity(qeft::on_host(1), m.config, m.weights(), {{1, 2, 3}, {4, 5}});
+    });
+  };
+  random_model huge(tiny(), 10);
+  for (double& x : huge.tensors.at("model.layers.1.input_layernorm.weight")) x = 3e38;
+  CHECK(sensitivity_of(huge).code == errc::not_finite);
+  CHECK_THAT(sensitivity_of(huge).message, contains("model.layers.1: the activations"));
+  random_model head(tiny(), 10);
+  for (double& x : head.tensors.at("model.norm.weight")) x = 3e38;
+  CHECK(sensitivity_of(head).code == errc::not_finite);
+  CHECK_THAT(sensitivity_of(head).message, contains("loss of sample 0"));
 }

@@ -2,8 +2,14 @@
 // Quantising whole models, and Offline Global Reordering of them.
 #include "llama.hpp"
 
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
+#include <map>
 #include <random>
 
 #include "calibration.hpp"
@@ -106,6 +112,36 @@ quantize_options tiny_quantization(const fs::path& model, const fs::path& out,
   o.seq_len = 64;
   o.threads = 2;
   return o;
+}
+
+/// The contents of a directory's files by name.
+std::map<std::string, std::string> files_in(const fs::path& directory) {
+  std::map<std::string, std::string> files;
+  for (const auto& entry : fs::directory_iterator(directory)) {
+    files[entry.path().filename().string()] = read_all(entry.path());
+  }
+  return files;
+}
+
+/// Quantises in a process that is killed (SIGKILL) behind a step.
+void run_and_die(quantize_options o, const std::string& step) {
+  const ::pid_t child = ::fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    o.after_step = [&](const std::string& done) {
+      if (done == step) ::kill(::getpid(), SIGKILL);
+    };
+    try {
+      run_quantize(o);
+    } catch (const std::exception& e) {
+      std::fprintf(stderr, "in the child: %s\n", e.what());
+    }
+    ::_exit(1);
+  }
+  int status = 0;
+  REQUIRE(::waitpid(child, &status, 0) == child);
+  REQUIRE(WIFSIGNALED(status));
+  CHECK(WTERMSIG(status) == SIGKILL);
 }
 
 token_windows windows_of(const quantize_options& o) {
@@ -246,6 +282,134 @@ TEST_CASE("the stream's weak columns are those of Algorithm 1 on the full-precis
             selection.choose());
     }
   }
+}
+
+TEST_CASE("a killed quantisation goes on where it was, to the same bytes") {
+  const temporary_directory dir;
+  write_small_model(dir / "model", llama, 4);
+  std::vector<quantize_options> variants(4, tiny_quantization(dir / "model", {}, dir / "text"));
+  variants[0].o_proj_placement = qeft::weak_kind::per_head;
+  variants[0].compare_rtn = true;
+  variants[1].selection = qeft::selection_metric::gradient;
+  variants[1].reorder = false;
+  variants[2].layer.method = qeft::solver::layer_method::rtn;
+  variants[2].selection = qeft::selection_metric::hessian_perturbation;
+  variants[3].layer.method = qeft::solver::layer_method::rtn;
+  variants[3].weak_columns = 0;
+  for (std::size_t v = 0; v < variants.size(); ++v) {
+    quantize_options o = variants[v];
+    std::vector<std::string> steps;
+    o.out = (dir / ("whole" + std::to_string(v))).string();
+    o.after_step = [&](const std::string& step) { steps.push_back(step); };
+    REQUIRE(run_quantize(o) == 0);
+    const auto whole = files_in(o.out);
+    CHECK(whole.count("model.safetensors") == 1);
+    const std::vector<std::string> all = steps;
+    REQUIRE(all.size() == (v == 3 ? 17 : 18));  // 14 linears, 2 blocks, the model, weak columns
+    o.out = (dir / "out").string();
+    // Killed behind one step, then behind a later one, then not.
+    for (std::size_t first = 0; first < all.size(); first += v == 0 ? 1 : 3) {
+      INFO("variant " << v << " killed behind " << all[first]);
+      run_and_die(o, all[first]);
+      if (first + 2 < all.size()) run_and_die(o, all[first + 2]);
+      CHECK(fs::exists(dir / "out.unfinished.partial"));
+      CHECK_FALSE(fs::exists(o.out));
+      steps.clear();
+      REQUIRE(run_quantize(o) == 0);
+      // No linear is quantised again; of the other steps only the last is repeated.
+      const std::size_t done = std::min(first + 3, all.size());
+      const auto linears = [](const std::vector<std::string>& list, std::size_t from) {
+        return std::count_if(list.begin() + static_cast<std::ptrdiff_t>(from), list.end(),
+                             [](const std::string& s) { return s.find("proj") != s.npos; });
+      };
+      CHECK(linears(steps, 0) == linears(all, first + 2 < all.size() ? done : first + 1));
+      CHECK(files_in(o.out) == whole);
+      CHECK_FALSE(fs::exists(dir / "out.unfinished.partial"));
+      fs::remove_all(o.out);
+    }
+  }
+
+  // Leftovers of other options or of another model are not used.
+  quantize_options o = variants[2];
+  o.out = (dir / "out").string();
+  run_and_die(o, "block 0");
+  o.layer.bits = 3;
+  REQUIRE(run_quantize(o) == 0);
+  const auto after_leftovers = files_in(o.out);
+  fs::remove_all(o.out);
+  REQUIRE(run_quantize(o) == 0);
+  CHECK(files_in(o.out) == after_leftovers);
+  fs::remove_all(o.out);
+  run_and_die(o, "block 0");
+  write_small_model(dir / "model", llama, 5);
+  REQUIRE(run_quantize(o) == 0);
+  const auto other_model = files_in(o.out);
+  fs::remove_all(o.out);
+  REQUIRE(run_quantize(o) == 0);
+  CHECK(files_in(o.out) == other_model);
+  CHECK(other_model != after_leftovers);
+}
+
+TEST_CASE("finished layers stay when asked for") {
+  const temporary_directory dir;
+  write_small_model(dir / "model", llama, 4);
+  quantize_options o = tiny_quantization(dir / "model", dir / "out", dir / "text");
+  struct interruption {};
+  for (const bool keep : {false, true}) {
+    o.keep_partial = keep;
+    o.after_step = [&](const std::string& step) {
+      if (step == "block 0") throw interruption();
+    };
+    CHECK_THROWS_AS(run_quantize(o), interruption);
+    CHECK(fs::exists(dir / "out.unfinished.partial") == keep);
+  }
+  std::vector<std::string> steps;
+  o.after_step = [&](const std::string& step) { steps.push_back(step); };
+  REQUIRE(run_quantize(o) == 0);
+  CHECK(steps.front() == linear_name(1, linear_kind::q));
+}
+
+TEST_CASE("layers that FP16 would lose are BF16, with the error of any other") {
+  const temporary_directory dir;
+  const std::string name = "model.layers.0.mlp.down_proj";
+  for (const index_t weak : {0, 4}) {
+    double normal = 0;
+    for (const int power : {0, -14, -18, -22, -26}) {
+      reference_model model = write_small_model(dir / "model", llama, 4);
+      std::vector<double>& tensor = model.tensors.at(name + ".weight");
+      double squares = 0;
+      for (double& x : tensor) {
+        x *= std::ldexp(1.0, power);
+        squares += x * x;
+      }
+      write_tensors(dir / "model", model, dtype::f32);
+      auto o = tiny_quantization(dir / "model", dir / "out", dir / "text");
+      o.layer.method = qeft::solver::layer_method::rtn;
+      o.layer.bits = 8;
+      o.weak_columns = weak;
+      REQUIRE(run_quantize(o) == 0);
+      const auto q = read_config(o.out).quantization.value();
+      const double error = q.provenance.at("layers").at(name).at("squared_error").get<double>();
+      if (power == 0) normal = error / squares;
+      INFO("times 2^" << power << ", " << weak << " weak columns");
+      CHECK(error / squares < 1.2 * normal);
+      const auto bf16 = qeft::scalar_kind::bf16;
+      CHECK((q.layers.at(name).scalar == bf16) == (power <= -18));
+      CHECK(q.layers.at("model.layers.0.mlp.up_proj").scalar == qeft::scalar_kind::half);
+      run(o.out, 20);  // can be read
+      fs::remove_all(o.out);
+    }
+  }
+  // A large weight in a weak column.
+  reference_model model = write_small_model(dir / "model", llama, 4);
+  model.tensors.at("model.layers.1.mlp.up_proj.weight")[3 * 96 + 5] = 1e5;
+  write_tensors(dir / "model", model, dtype::f32);
+  auto o = tiny_quantization(dir / "model", dir / "out", dir / "text");
+  o.weak_columns = 96;
+  REQUIRE(run_quantize(o) == 0);
+  const auto layers = read_config(o.out).quantization.value().layers;
+  CHECK(layers.at("model.layers.1.mlp.up_proj").scalar == qeft::scalar_kind::bf16);
+  CHECK(layers.at("model.layers.0.mlp.up_proj").scalar == qeft::scalar_kind::half);
 }
 
 TEST_CASE("every option of quantisation gives a model that runs") {

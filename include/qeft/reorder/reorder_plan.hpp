@@ -12,9 +12,11 @@
 #include <utility>
 #include <vector>
 
+#include "qeft/core/text.hpp"
 #include "qeft/reorder/permutation.hpp"
 
 namespace qeft {
+inline namespace QEFT_TARGET {
 
 /// Index of a channel space in its graph.
 using space_id = int;
@@ -29,8 +31,8 @@ class reorder_graph {
   space_id add_space(std::string name, index_t channels, index_t heads = 1) {
     if (channels < 1 || heads < 1 || channels % heads != 0) {
       fail(errc::invalid_argument,
-           "reorder_graph: space " + name + " has " + std::to_string(channels) + " channels in " +
-               std::to_string(heads) + " heads, but both must be positive and heads a divisor");
+           text("reorder_graph: space ", name, " has ", channels, " channels in ", heads,
+                " heads, but both must be positive and heads a divisor"));
     }
     spaces_.push_back({std::move(name), channels, heads, no_space, 1});
     return static_cast<space_id>(spaces_.size()) - 1;
@@ -42,8 +44,8 @@ class reorder_graph {
     const space& b = at(base);
     if (repeats < 1 || b.base != no_space) {
       fail(errc::invalid_argument,
-           "reorder_graph: space " + name + " repeats " + b.name + " " + std::to_string(repeats) +
-               " times, but repeats must be positive and " + b.name + " not a repetition itself");
+           text("reorder_graph: space ", name, " repeats ", b.name, " ", repeats,
+                " times, but repeats must be positive and ", b.name, " not a repetition itself"));
     }
     spaces_.push_back({std::move(name), b.channels * repeats, b.heads * repeats, base, repeats});
     return static_cast<space_id>(spaces_.size()) - 1;
@@ -55,7 +57,7 @@ class reorder_graph {
     if (rows != no_space) at(rows);
     if (columns != no_space) at(columns);
     if (!tensors_.emplace(name, std::make_pair(rows, columns)).second) {
-      fail(errc::invalid_argument, "reorder_graph: tensor " + name + " is described twice");
+      fail(errc::invalid_argument, text("reorder_graph: tensor ", name, " is described twice"));
     }
   }
 
@@ -70,9 +72,8 @@ class reorder_graph {
   };
   const space& at(space_id id) const {
     if (id < 0 || static_cast<std::size_t>(id) >= spaces_.size()) {
-      fail(errc::invalid_argument, "reorder_graph: space " + std::to_string(id) +
-                                       " does not exist; there are " +
-                                       std::to_string(spaces_.size()));
+      fail(errc::invalid_argument,
+           text("reorder_graph: space ", id, " does not exist; there are ", spaces_.size()));
     }
     return spaces_[static_cast<std::size_t>(id)];
   }
@@ -95,19 +96,18 @@ class reorder_plan {
   void set(space_id id, permutation p) {
     const auto& s = graph_.at(id);
     if (s.base != no_space) {
-      fail(errc::invalid_argument, "reorder_plan: space " + s.name + " follows " +
-                                       graph_.at(s.base).name + " and cannot be set itself");
+      fail(errc::invalid_argument, text("reorder_plan: space ", s.name, " follows ",
+                                        graph_.at(s.base).name, " and cannot be set itself"));
     }
     if (p.size() != s.channels) {
-      fail(errc::invalid_argument, "reorder_plan: the permutation of space " + s.name + " has " +
-                                       std::to_string(p.size()) + " entries, but must have " +
-                                       std::to_string(s.channels));
+      fail(errc::invalid_argument, text("reorder_plan: the permutation of space ", s.name, " has ",
+                                        p.size(), " entries, but must have ", s.channels));
     }
     const index_t head_dim = s.channels / s.heads;
     for (index_t i = 0; i < p.size() && s.heads > 1; ++i) {
       if (p[i] / head_dim != i / head_dim) {
-        fail(errc::invalid_argument, "reorder_plan: channel " + std::to_string(p[i]) +
-                                         " of space " + s.name + " leaves its head");
+        fail(errc::invalid_argument,
+             text("reorder_plan: channel ", p[i], " of space ", s.name, " leaves its head"));
       }
     }
     for (std::size_t f = 0; f < permutations_.size(); ++f) {
@@ -133,7 +133,7 @@ class reorder_plan {
   const std::pair<space_id, space_id>& find(const std::string& tensor) const {
     const auto it = graph_.tensors_.find(tensor);
     if (it == graph_.tensors_.end()) {
-      fail(errc::invalid_argument, "reorder_plan: tensor " + tensor + " is not in the graph");
+      fail(errc::invalid_argument, text("reorder_plan: tensor ", tensor, " is not in the graph"));
     }
     return it->second;
   }
@@ -145,4 +145,5 @@ class reorder_plan {
   std::vector<permutation> permutations_;
 };
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft

@@ -8,9 +8,11 @@
 #include <string>
 #include <vector>
 
+#include "qeft/core/text.hpp"
 #include "qeft/reorder/permutation.hpp"
 
 namespace qeft {
+inline namespace QEFT_TARGET {
 
 /// The sensitivity of a column: hessian = H_jj (QEFT's global selection); hessian_perturbation =
 /// H_jj * ||dW_:,j||^2 (OWQ, Eq. 3); gradient = ||dL/dW_:,j||^2 (the theorem of section 4).
@@ -21,9 +23,8 @@ enum class selection_metric { hessian, hessian_perturbation, gradient };
 inline std::vector<double> hessian_perturbation(span<const double> hessian_diagonal,
                                                 span<const double> perturbation) {
   if (hessian_diagonal.size() != perturbation.size()) {
-    fail(errc::invalid_argument, "hessian_perturbation: sizes are " +
-                                     std::to_string(hessian_diagonal.size()) + " and " +
-                                     std::to_string(perturbation.size()) + ", but must be equal");
+    fail(errc::invalid_argument, text("hessian_perturbation: sizes are ", hessian_diagonal.size(),
+                                      " and ", perturbation.size(), ", but must be equal"));
   }
   std::vector<double> s(static_cast<std::size_t>(perturbation.size()));
   for (index_t j = 0; j < perturbation.size(); ++j) {
@@ -32,25 +33,22 @@ inline std::vector<double> hessian_perturbation(span<const double> hessian_diago
   return s;
 }
 
-inline namespace QEFT_TARGET {
 namespace detail {
 
 inline void check_sensitivity(span<const double> s, index_t k, const char* function) {
   for (index_t j = 0; j < s.size(); ++j) {
     if (!std::isfinite(s[j]) || s[j] < 0.0) {
-      fail(errc::invalid_argument, std::string(function) + ": the sensitivity of column " +
-                                       std::to_string(j) + " is " + std::to_string(s[j]) +
-                                       ", but must be finite and not negative");
+      fail(errc::invalid_argument, text(function, ": the sensitivity of column ", j, " is ", s[j],
+                                        ", but must be finite and not negative"));
     }
   }
   if (k < 0 || k > s.size()) {
-    fail(errc::invalid_argument, std::string(function) + ": k is " + std::to_string(k) +
-                                     ", but must be between 0 and " + std::to_string(s.size()));
+    fail(errc::invalid_argument,
+         text(function, ": k is ", k, ", but must be between 0 and ", s.size()));
   }
 }
 
 }  // namespace detail
-}  // namespace QEFT_TARGET
 
 /// The k columns of greatest sensitivity, in ascending order of column; among equals the lower
 /// column wins, so the choice is reproducible.
@@ -72,19 +70,18 @@ inline std::vector<std::int32_t> top_k(span<const double> sensitivity, index_t k
 /// @param sensitivity (heads * head_dim) of o_proj's input columns
 /// @param heads       query heads, a multiple of value_heads
 /// @param k           weak columns in all, a multiple of heads
-/// @return ascending columns, equally many and at the same channels for all query heads of a value
+/// @return ascending columns: equally many, at the same channels, for all query heads of a value
 /// head
 inline std::vector<std::int32_t> top_k_per_head(span<const double> sensitivity, index_t heads,
                                                 index_t value_heads, index_t k) {
   detail::check_sensitivity(sensitivity, k, "top_k_per_head");
   if (heads < 1 || value_heads < 1 || heads % value_heads != 0 || sensitivity.size() % heads != 0 ||
       k % heads != 0) {
-    fail(errc::invalid_argument, "top_k_per_head: heads is " + std::to_string(heads) +
-                                     " with value_heads = " + std::to_string(value_heads) +
-                                     ", but heads must be a multiple of value_heads and "
-                                     "divide both the " +
-                                     std::to_string(sensitivity.size()) +
-                                     " columns and k = " + std::to_string(k));
+    fail(errc::invalid_argument,
+         text("top_k_per_head: heads is ", heads, " with value_heads = ", value_heads,
+              ", but heads must be a multiple of value_heads and "
+              "divide both the ",
+              sensitivity.size(), " columns and k = ", k));
   }
   const index_t head_dim = sensitivity.size() / heads;
   const index_t repeats = heads / value_heads;
@@ -126,9 +123,8 @@ class global_selection {
   /// Adds one layer. A layer without any activation (mean 0) says nothing and adds nothing.
   void add(span<const double> sensitivity) {
     if (sensitivity.size() != static_cast<index_t>(sum_.size())) {
-      fail(errc::invalid_argument,
-           "global_selection::add: the layer has " + std::to_string(sensitivity.size()) +
-               " columns, but the stream has " + std::to_string(sum_.size()));
+      fail(errc::invalid_argument, text("global_selection::add: the layer has ", sensitivity.size(),
+                                        " columns, but the stream has ", sum_.size()));
     }
     detail::check_sensitivity(sensitivity, k_, "global_selection::add");
     double mean = 0.0;
@@ -157,4 +153,5 @@ class global_selection {
   std::vector<double> sum_;
 };
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft

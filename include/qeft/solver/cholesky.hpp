@@ -9,10 +9,12 @@
 #include <vector>
 
 #include "qeft/core/host_buffer.hpp"
+#include "qeft/core/text.hpp"
 #include "qeft/reorder/permutation.hpp"
 #include "qeft/solver/matrix_ops.hpp"
 
 namespace qeft::solver {
+inline namespace QEFT_TARGET {
 
 struct damping_options {
   double damping = 0.01;     // lambda: H + lambda * mean(diag H) * I, in [0, 1]
@@ -24,7 +26,7 @@ struct damping_options {
 inline void check(const damping_options& o) {
   if (!(o.damping >= 0.0 && o.damping <= 1.0)) {
     fail(errc::invalid_argument,
-         "damping_options: damping is " + std::to_string(o.damping) + ", but must be in [0, 1]");
+         text("damping_options: damping is ", o.damping, ", but must be in [0, 1]"));
   }
 }
 
@@ -141,8 +143,8 @@ inline inverse_factor factor_inverse(const on_host& exec, span<const float> h,
                                      const damping_options& options) {
   const index_t n = order.size();
   if (h.size() != n * n) {
-    fail(errc::invalid_argument, "factor_inverse: h has " + std::to_string(h.size()) +
-                                     " elements, but must have " + std::to_string(n) + "^2");
+    fail(errc::invalid_argument,
+         text("factor_inverse: h has ", h.size(), " elements, but must have ", n, "^2"));
   }
   check(options);
   check_finite(exec, h.data(), n, n, "factor_inverse: the Hessian");
@@ -154,9 +156,9 @@ inline inverse_factor factor_inverse(const on_host& exec, span<const float> h,
   for (index_t p = 0; p < n; ++p) {
     const double d = static_cast<double>(h[order[p] * (n + 1)]);
     if (d < 0.0) {
-      fail(errc::not_positive_definite, "factor_inverse: H[" + std::to_string(order[p]) + "][" +
-                                            std::to_string(order[p]) + "] is " + std::to_string(d) +
-                                            ", but a Hessian's diagonal cannot be negative");
+      fail(errc::not_positive_definite,
+           text("factor_inverse: H[", order[p], "][", order[p], "] is ", d,
+                ", but a Hessian's diagonal cannot be negative"));
     }
     if (d == 0.0) result.dead_inputs.push_back(static_cast<std::int32_t>(order[p]));
     if (d > 0.0 && (p < robust || !options.robust_mean)) {
@@ -189,10 +191,12 @@ inline inverse_factor factor_inverse(const on_host& exec, span<const float> h,
       return result;
     }
   }
-  fail(errc::not_positive_definite,
-       "factor_inverse: the Hessian of " + std::to_string(n) +
+  fail(
+      errc::not_positive_definite,
+      text("factor_inverse: the Hessian of ", n,
            " inputs is not positive definite even with a damping of its mean diagonal; it is not a "
-           "matrix of the form X X^T");
+           "matrix of the form X X^T"));
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::solver

@@ -12,9 +12,11 @@
 #include "qeft/core/math.hpp"
 #include "qeft/core/memory.hpp"
 #include "qeft/core/status.hpp"
+#include "qeft/core/text.hpp"
 #include "qeft/format/quant_format.hpp"
 
 namespace qeft::solver {
+inline namespace QEFT_TARGET {
 
 enum class search_method {
   grid,    // shrunken ranges x zero points, least error
@@ -37,12 +39,12 @@ struct group_format {
 /// Throws when an option breaks its rule.
 inline void check(const group_search_options& o) {
   if (o.steps < 1 || o.steps > 10000) {
-    fail(errc::invalid_argument, "group_search_options: steps is " + std::to_string(o.steps) +
-                                     ", but must be in [1, 10000]");
+    fail(errc::invalid_argument,
+         text("group_search_options: steps is ", o.steps, ", but must be in [1, 10000]"));
   }
   if (!(o.norm >= 1.0 && o.norm <= 8.0)) {
     fail(errc::invalid_argument,
-         "group_search_options: norm is " + std::to_string(o.norm) + ", but must be in [1, 8]");
+         text("group_search_options: norm is ", o.norm, ", but must be in [1, 8]"));
   }
 }
 
@@ -391,4 +393,5 @@ inline group_choice find_params(span<const float> w, const group_format& f,
   return o.method == search_method::minmax ? minmax_params(w, f) : pruned_search(w, f, o);
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::solver

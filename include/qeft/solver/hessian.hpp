@@ -6,9 +6,11 @@
 
 #include "qeft/core/checked_product.hpp"
 #include "qeft/core/host_buffer.hpp"
+#include "qeft/core/text.hpp"
 #include "qeft/solver/matrix_ops.hpp"
 
 namespace qeft::solver {
+inline namespace QEFT_TARGET {
 
 /// diag(H) alone, for the choice of weak columns before any layer is quantised: (in_channels) sums
 /// in double.
@@ -56,8 +58,8 @@ class hessian_accumulator {
  public:
   explicit hessian_accumulator(index_t in_channels) : n_(in_channels) {
     if (in_channels < 1) {
-      fail(errc::invalid_argument, "hessian_accumulator: in_channels is " +
-                                       std::to_string(in_channels) + ", but must be positive");
+      fail(errc::invalid_argument,
+           text("hessian_accumulator: in_channels is ", in_channels, ", but must be positive"));
     }
     sum_.resize(static_cast<std::size_t>(checked_product(n_, n_, "hessian_accumulator")));
   }
@@ -70,8 +72,8 @@ class hessian_accumulator {
   /// channel; the sum is then unchanged.
   void add(const on_host& exec, const float* x, index_t tokens) {
     if (tokens < 0) {
-      fail(errc::invalid_argument, "hessian_accumulator::add: tokens is " + std::to_string(tokens) +
-                                       ", but must not be negative");
+      fail(errc::invalid_argument,
+           text("hessian_accumulator::add: tokens is ", tokens, ", but must not be negative"));
     }
     if (tokens == 0) return;
     check_finite(exec, x, tokens, n_, "hessian_accumulator::add: x (tokens x in_channels)");
@@ -114,8 +116,8 @@ class hessian_accumulator {
         const auto upper = static_cast<std::size_t>(r * n_ + c);
         const auto h = static_cast<float>(static_cast<double>(sum_[upper]) * factor);
         if (!std::isfinite(h)) {
-          fail(errc::not_finite, "hessian_accumulator::finish: H overflows at channels " +
-                                     std::to_string(r) + " and " + std::to_string(c));
+          fail(errc::not_finite,
+               text("hessian_accumulator::finish: H overflows at channels ", r, " and ", c));
         }
         sum_[upper] = h;
         sum_[static_cast<std::size_t>(c * n_ + r)] = h;
@@ -132,4 +134,5 @@ class hessian_accumulator {
   host_buffer<float> sum_;  // upper tiles of X X^T
 };
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::solver

@@ -10,11 +10,13 @@
 
 #include "qeft/container/pack.hpp"
 #include "qeft/container/quantized_matrix.hpp"
+#include "qeft/core/text.hpp"
 #include "qeft/reorder/permutation.hpp"
 #include "qeft/solver/cholesky.hpp"
 #include "qeft/solver/group_search.hpp"
 
 namespace qeft::solver {
+inline namespace QEFT_TARGET {
 
 enum class layer_method {
   rtn,   // round to nearest, no compensation; needs no Hessian
@@ -82,10 +84,9 @@ inline void check(const layer_options& o, index_t out_channels, index_t in_chann
   check(o.search);
   check(o.damping);
   if (o.tuning.block_columns < 1 || o.tuning.tile_rows < 1) {
-    fail(errc::invalid_argument, "optq_tuning: block_columns is " +
-                                     std::to_string(o.tuning.block_columns) + " and tile_rows is " +
-                                     std::to_string(o.tuning.tile_rows) +
-                                     ", but both must be positive");
+    fail(errc::invalid_argument,
+         text("optq_tuning: block_columns is ", o.tuning.block_columns, " and tile_rows is ",
+              o.tuning.tile_rows, ", but both must be positive"));
   }
 }
 
@@ -116,11 +117,10 @@ class layer_builder {
                               const group_search_options& search) {
     if (!fits(weights, format_)) {
       const detail::weight_range range(weights);
-      fail(errc::not_finite, "quantize_layer: the weights of row " + std::to_string(row) +
-                                 ", group " + std::to_string(group) + " reach from " +
-                                 std::to_string(range.low) + " to " + std::to_string(range.high) +
-                                 ", which overflows the group parameters in " +
-                                 to_string(format_.scalar));
+      fail(errc::not_finite,
+           text("quantize_layer: the weights of row ", row, ", group ", group, " reach from ",
+                range.low, " to ", range.high, ", which overflows the group parameters in ",
+                to_string(format_.scalar)));
     }
     const group_choice choice = solver::find_params(weights, format_, search);
     choices_[static_cast<std::size_t>(row * extent_.groups + group)] = {choice.scale_bits,
@@ -142,11 +142,10 @@ class layer_builder {
     visit_scalar(format_.scalar, [&](auto scalar) {
       const auto stored = from_float<decltype(scalar)>(value);
       if (!std::isfinite(to_float(stored))) {
-        fail(errc::not_finite, "quantize_layer: weak column " +
-                                   std::to_string(weak_columns()[j]) +
-                                   ", row " + std::to_string(row) + " became " +
-                                   std::to_string(value) + ", which overflows " +
-                                   to_string(format_.scalar));
+        fail(errc::not_finite,
+             text("quantize_layer: weak column ", weak_columns()[j],
+                  ", row ", row, " became ", value, ", which overflows ",
+                  to_string(format_.scalar)));
       }
       matrix_.write_weak(row, j, stored.bits);
     });
@@ -173,4 +172,5 @@ class layer_builder {
 
 }  // namespace detail
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::solver

@@ -7,10 +7,12 @@
 #include "qeft/container/pack.hpp"
 #include "qeft/container/quantized_matrix.hpp"
 #include "qeft/core/host_buffer.hpp"
+#include "qeft/core/text.hpp"
 #include "qeft/solver/group_search.hpp"
 #include "qeft/solver/matrix_ops.hpp"
 
 namespace qeft::solver {
+inline namespace QEFT_TARGET {
 
 struct layer_error {
   double output = 0.0;   // E = tr(dW H dW^T); 0 without a Hessian
@@ -58,9 +60,8 @@ void for_each_error_tile(const on_host& exec, span<const float> w, const quantiz
   const index_t oc = m.descriptor().out_channels;
   const index_t ic = m.descriptor().in_channels;
   if (w.size() != oc * ic) {
-    fail(errc::invalid_argument, "layer_error: w has " + std::to_string(w.size()) +
-                                     " elements, but the layer has " + std::to_string(oc) + " x " +
-                                     std::to_string(ic));
+    fail(errc::invalid_argument,
+         text("layer_error: w has ", w.size(), " elements, but the layer has ", oc, " x ", ic));
   }
   exec.parallel_for(ceil_div(oc, tile_rows), 1, [&](index_t begin, index_t end) {
     std::vector<std::uint8_t> codes;
@@ -131,8 +132,8 @@ inline layer_error measure_error(const on_host& exec, span<const float> w,
   constexpr index_t tile_rows = 128;
   const index_t ic = m.descriptor().in_channels;
   if (!h.empty() && h.size() != ic * ic) {
-    fail(errc::invalid_argument, "measure_error: h has " + std::to_string(h.size()) +
-                                     " elements, but must have " + std::to_string(ic) + "^2");
+    fail(errc::invalid_argument,
+         text("measure_error: h has ", h.size(), " elements, but must have ", ic, "^2"));
   }
   std::vector<layer_error> partial(
       static_cast<std::size_t>(ceil_div(m.descriptor().out_channels, tile_rows)));
@@ -149,4 +150,5 @@ inline layer_error measure_error(const on_host& exec, span<const float> w,
   return total;
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::solver

@@ -13,8 +13,10 @@
 
 #include "qeft/core/memory.hpp"
 #include "qeft/core/on_host.hpp"
+#include "qeft/core/text.hpp"
 
 namespace qeft::solver {
+inline namespace QEFT_TARGET {
 
 template <class T>
 using row_major_matrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
@@ -53,9 +55,8 @@ inline void check_finite(const on_host& exec, const float* x, index_t rows, inde
   });
   const index_t i = first_bad.load();
   if (i == count) return;
-  fail(errc::not_finite, what + ": row " + std::to_string(i / cols) + ", column " +
-                             std::to_string(i % cols) + " is " + std::to_string(x[i]) +
-                             ", but must be finite");
+  fail(errc::not_finite,
+       text(what, ": row ", i / cols, ", column ", i % cols, " is ", x[i], ", but must be finite"));
 }
 
 /// Throws errc::invalid_argument naming an entry in which a finite n x n Hessian is not symmetric
@@ -91,10 +92,9 @@ inline void check_symmetric(const on_host& exec, const float* h, index_t n,
   if (at == n * n) return;
   const index_t i = at / n;
   const index_t j = at % n;
-  fail(errc::invalid_argument, what + " is not symmetric: entry (" + std::to_string(i) + ", " +
-                                   std::to_string(j) + ") is " + std::to_string(h[i * n + j]) +
-                                   ", but (" + std::to_string(j) + ", " + std::to_string(i) +
-                                   ") is " + std::to_string(h[j * n + i]));
+  fail(errc::invalid_argument, text(what, " is not symmetric: entry (", i, ", ", j, ") is ",
+                                    h[i * n + j], ", but (", j, ", ", i, ") is ", h[j * n + i]));
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::solver

@@ -9,9 +9,12 @@
 
 #include "qeft/core/host_buffer.hpp"
 #include "qeft/core/on_host.hpp"
+#include "qeft/core/text.hpp"
 #include "qeft/solver/layer.hpp"
 
-namespace qeft::solver::detail {
+namespace qeft::solver {
+inline namespace QEFT_TARGET {
+namespace detail {
 
 /// The order in which columns are solved: robust ones, then weak ones.
 struct solve_order {
@@ -183,9 +186,8 @@ class optq_solver {
 
   void store(const tile_state& s) const {
     if (!map_rows(s.w.data(), s.rows, n_, n_).allFinite()) {
-      fail(errc::not_finite, "quantize_layer: compensated weights of rows " +
-                                 std::to_string(s.first_row) + " to " +
-                                 std::to_string(s.first_row + s.rows - 1) + " overflow FP32");
+      fail(errc::not_finite, text("quantize_layer: compensated weights of rows ", s.first_row,
+                                  " to ", s.first_row + s.rows - 1, " overflow FP32"));
     }
     for (index_t r = 0; r < s.rows; ++r) {
       builder_.set_codes(s.first_row + r, s.codes.data() + r * e_.dense);
@@ -207,4 +209,6 @@ class optq_solver {
   index_t err_stride_;  // columns of a block, at most
 };
 
-}  // namespace qeft::solver::detail
+}  // namespace detail
+}  // namespace QEFT_TARGET
+}  // namespace qeft::solver

@@ -5,12 +5,14 @@
 #include <chrono>
 #include <vector>
 
+#include "qeft/core/text.hpp"
 #include "qeft/solver/layer.hpp"
 #include "qeft/solver/layer_error.hpp"
 #include "qeft/solver/optq.hpp"
 #include "qeft/solver/rtn.hpp"
 
 namespace qeft::solver {
+inline namespace QEFT_TARGET {
 
 namespace detail {
 
@@ -19,9 +21,8 @@ inline void check_layer(const on_host& exec, span<const float> w, index_t out_ch
   check(o, out_channels, in_channels);
   const auto sized = [](const char* what, index_t size, index_t rows, index_t cols) {
     if (size == rows * cols) return;
-    fail(errc::invalid_argument, std::string("quantize_layer: ") + what + " has " +
-                                     std::to_string(size) + " elements, but must have " +
-                                     std::to_string(rows) + " x " + std::to_string(cols));
+    fail(errc::invalid_argument, text("quantize_layer: ", what, " has ", size,
+                                      " elements, but must have ", rows, " x ", cols));
   };
   sized("w", w.size(), out_channels, in_channels);
   if (o.method == layer_method::optq || !h.empty()) {
@@ -100,4 +101,5 @@ inline std::vector<double> perturbation(const on_host& exec, span<const float> w
   return column_error(exec, w, trial.matrix);
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::solver

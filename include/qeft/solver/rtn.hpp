@@ -8,7 +8,9 @@
 #include "qeft/core/on_host.hpp"
 #include "qeft/solver/layer.hpp"
 
-namespace qeft::solver::detail {
+namespace qeft::solver {
+inline namespace QEFT_TARGET {
+namespace detail {
 
 /// Quantises every row of w (OC, IC) on its own into `builder`.
 inline void solve_rtn(const on_host& exec, const float* w, index_t in_channels,
@@ -38,4 +40,6 @@ inline void solve_rtn(const on_host& exec, const float* w, index_t in_channels,
   });
 }
 
-}  // namespace qeft::solver::detail
+}  // namespace detail
+}  // namespace QEFT_TARGET
+}  // namespace qeft::solver

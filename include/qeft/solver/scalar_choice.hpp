@@ -7,9 +7,11 @@
 #include <string>
 #include <vector>
 
+#include "qeft/core/text.hpp"
 #include "qeft/solver/quantize_layer.hpp"
 
 namespace qeft::solver {
+inline namespace QEFT_TARGET {
 
 /// A layer whose weights do not exceed this fits `scalar`, whatever its format: a quarter of what
 /// would fit as it is, since compensation makes weights larger.
@@ -104,14 +106,14 @@ inline scalar_kind choose_scalar(const on_host& exec, span<const float> w, index
                                  index_t in_channels, layer_options options) {
   check(options, out_channels, in_channels);
   if (w.size() != out_channels * in_channels) {
-    fail(errc::invalid_argument, "choose_scalar: w has " + std::to_string(w.size()) +
-                                     " elements, but must have " + std::to_string(out_channels) +
-                                     " x " + std::to_string(in_channels));
+    fail(errc::invalid_argument,
+         text("choose_scalar: w has ", w.size(), " elements, but must have ", out_channels, " x ",
+              in_channels));
   }
   const float largest = detail::largest_magnitude(w);
   if (!(largest <= largest_weight(scalar_kind::bf16))) {
-    fail(errc::not_finite, "choose_scalar: a weight has magnitude " + std::to_string(largest) +
-                               ", but group scales hold up to 2^117, in BF16");
+    fail(errc::not_finite, text("choose_scalar: a weight has magnitude ", largest,
+                                ", but group scales hold up to 2^117, in BF16"));
   }
   if (largest > largest_weight(scalar_kind::half)) return scalar_kind::bf16;
   if (detail::half_loses_column(w, in_channels, options.weak_columns)) return scalar_kind::bf16;
@@ -127,4 +129,5 @@ inline scalar_kind choose_scalar(const on_host& exec, span<const float> w, index
   return half > 1.05 * error(scalar_kind::bf16) ? scalar_kind::bf16 : scalar_kind::half;
 }
 
+}  // namespace QEFT_TARGET
 }  // namespace qeft::solver
