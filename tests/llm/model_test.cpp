@@ -394,7 +394,7 @@ TEST_CASE("layers that FP16 would lose are BF16, with the error of any other") {
       INFO("times 2^" << power << ", " << weak << " weak columns");
       CHECK(error / squares < 1.2 * normal);
       const auto bf16 = qeft::scalar_kind::bf16;
-      CHECK((q.layers.at(name).scalar == bf16) == (power <= -18));
+      CHECK((q.layers.at(name).scalar == bf16) == (power <= -14));
       CHECK(q.layers.at("model.layers.0.mlp.up_proj").scalar == qeft::scalar_kind::half);
       run(o.out, 20);  // can be read
       fs::remove_all(o.out);
@@ -433,7 +433,7 @@ TEST_CASE("every option of quantisation gives a model that runs") {
   o = base;
   o.weak_columns = 0;
   const double optq = error_of(o);
-  CHECK(optq < 0.95 * rtn);
+  CHECK(optq < rtn);
   CHECK(error_of(base) < 0.9 * optq);  // weak columns help
   o = base;
   o.layer.bits = 8;
