@@ -13,8 +13,8 @@ using namespace qeft_bench;
 using qeft::layout::simd_tile;
 
 template <class Activation>
-void gemv(benchmark::State& state, const machine& m, const qeft::matrix_descriptor& d,
-          Activation, double tolerance) {
+void gemv(benchmark::State& state, const machine& m, const qeft::matrix_descriptor& d, Activation,
+          double tolerance) {
   const qeft::quantized_matrix<> w = random_matrix(d);
   const auto x = random_floats(d.in_channels);
   std::vector<float> y(static_cast<std::size_t>(d.out_channels));

@@ -68,9 +68,8 @@ std::vector<added_token_set::match> added_token_set::find(std::string_view text)
 }
 
 std::pair<std::size_t, std::size_t> added_token_set::extent(std::string_view text,
-                                                            const added_token& t,
-                                                            std::size_t begin, std::size_t end,
-                                                            std::size_t done) {
+                                                            const added_token& t, std::size_t begin,
+                                                            std::size_t end, std::size_t done) {
   const std::pair<std::size_t, std::size_t> nothing = {begin, begin};
   if (t.single_word && touches_word(text, begin, end)) return nothing;
   if (t.lstrip) {

@@ -24,8 +24,8 @@ struct added_token {
 
 /// Finds added tokens in text, in time proportional to the text, however many there are.
 ///
-/// An automaton of Aho and Corasick over the reversed tokens reads the text from its end: behind each
-/// byte it knows the longest token that starts there.
+/// An automaton of Aho and Corasick over the reversed tokens reads the text from its end: behind
+/// each byte it knows the longest token that starts there.
 class added_token_set {
  public:
   added_token_set() : states_(1) { from_root_.fill(0); }
@@ -35,8 +35,8 @@ class added_token_set {
   /// To be called once, behind the last add.
   void finish();
 
-  /// Calls plain(part) and token(t) in the order of the text; parts are not empty. The leftmost token
-  /// counts, the longest among those that start there.
+  /// Calls plain(part) and token(t) in the order of the text; parts are not empty. The leftmost
+  /// token counts, the longest among those that start there.
   /// @param parse_special parse_special(begin, end) says whether a special token counts there
   template <class ParseSpecial, class Plain, class Token>
   void split(std::string_view text, const ParseSpecial& parse_special, const Plain& plain,

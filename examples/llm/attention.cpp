@@ -82,8 +82,11 @@ void attend_rows(const block_cache& cache, index_t head, const query* rows, floa
 }  // namespace
 
 block_cache::block_cache(index_t heads, index_t head_dim, index_t capacity)
-    : heads_(heads), head_dim_(head_dim), capacity_(capacity),
-      blocks_(qeft::ceil_div(capacity, lanes)), value_stride_(qeft::round_up(head_dim, lanes)),
+    : heads_(heads),
+      head_dim_(head_dim),
+      capacity_(capacity),
+      blocks_(qeft::ceil_div(capacity, lanes)),
+      value_stride_(qeft::round_up(head_dim, lanes)),
       keys_(static_cast<std::size_t>(heads * blocks_ * head_dim * lanes)),
       values_(static_cast<std::size_t>(heads * capacity * value_stride_)) {}
 
@@ -92,8 +95,8 @@ void block_cache::store(index_t position, const float* keys, const float* values
     float* column =
         keys_.data() + (h * blocks_ + position / lanes) * head_dim_ * lanes + position % lanes;
     for (index_t d = 0; d < head_dim_; ++d) column[d * lanes] = keys[h * head_dim_ + d];
-    std::memcpy(values_.data() + (h * capacity_ + position) * value_stride_,
-                values + h * head_dim_, static_cast<std::size_t>(head_dim_) * sizeof(float));
+    std::memcpy(values_.data() + (h * capacity_ + position) * value_stride_, values + h * head_dim_,
+                static_cast<std::size_t>(head_dim_) * sizeof(float));
   }
 }
 

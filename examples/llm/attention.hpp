@@ -48,8 +48,8 @@ class block_cache {
 };
 
 /// out[t, h] = sum_s softmax_s(q[t, h] . key_s / sqrt(head_dim)) value_s over the positions s that
-/// token t, at position first + t, may see: itself and those before it, or the last `window` of them
-/// when window > 0. `heads` / cache.heads() query heads in a row share a key/value head.
+/// token t, at position first + t, may see: itself and those before it, or the last `window` of
+/// them when window > 0. `heads` / cache.heads() query heads in a row share a key/value head.
 ///
 /// A token's result depends neither on the other tokens of the call nor on the number of threads.
 /// @param q, out (tokens, heads, head_dim)

@@ -97,7 +97,8 @@ bool is_white(char c) { return std::isspace(static_cast<unsigned char>(c)) != 0;
 
 /// Cuts a template into text and tags, white space control applied.
 std::vector<piece> cut(std::string source, const reporter& report) {
-  for (std::size_t at = 0; (at = source.find("\r\n", at)) != std::string::npos;) source.erase(at, 1);
+  for (std::size_t at = 0; (at = source.find("\r\n", at)) != std::string::npos;)
+    source.erase(at, 1);
   if (!source.empty() && source.back() == '\n') source.pop_back();
 
   std::vector<piece> pieces;
@@ -117,8 +118,8 @@ std::vector<piece> cut(std::string source, const reporter& report) {
     const bool starts_line_before =
         pieces.empty() || newline_next || (at > 0 && source[at - 1] == '\n');
     if (strip_next) {
-      text.erase(0, static_cast<std::size_t>(
-                        std::find_if_not(text.begin(), text.end(), is_white) - text.begin()));
+      text.erase(0, static_cast<std::size_t>(std::find_if_not(text.begin(), text.end(), is_white) -
+                                             text.begin()));
     } else if (newline_next && !text.empty() && text[0] == '\n') {
       text.erase(0, 1);
     }
@@ -134,9 +135,10 @@ std::vector<piece> cut(std::string source, const reporter& report) {
     } else if (kind != '{' && control != '+') {  // lstrip_blocks
       std::size_t begin = text.size();
       while (begin > 0 && is_blank(text[begin - 1])) --begin;
-      const bool whole_line = begin > 0 ? text[begin - 1] == '\n'
-                                        : starts_line_before && !strip_next &&
-                                              (at == 0 || source[tag - (text.size() - begin) - 1] == '\n');
+      const bool whole_line =
+          begin > 0 ? text[begin - 1] == '\n'
+                    : starts_line_before && !strip_next &&
+                          (at == 0 || source[tag - (text.size() - begin) - 1] == '\n');
       if (whole_line) text.erase(begin);
     }
     if (!text.empty()) pieces.push_back({piece::text, text, text_line});
@@ -152,8 +154,10 @@ std::vector<piece> cut(std::string source, const reporter& report) {
       for (; end < source.size(); ++end) {
         const char c = source[end];
         if (quote != '\0') {
-          if (c == '\\') ++end;
-          else if (c == quote) quote = '\0';
+          if (c == '\\')
+            ++end;
+          else if (c == quote)
+            quote = '\0';
         } else if (c == '\'' || c == '"') {
           quote = c;
         } else if (braces == 0 && source.compare(end, 2, close) == 0) {
@@ -196,7 +200,8 @@ std::vector<token> tokens_of(const piece& p, const reporter& report) {
     const auto c = static_cast<unsigned char>(s[at]);
     std::size_t end = at + 1;
     if (std::isalpha(c) != 0 || c == '_') {
-      while (end < s.size() && (std::isalnum(static_cast<unsigned char>(s[end])) || s[end] == '_')) {
+      while (end < s.size() &&
+             (std::isalnum(static_cast<unsigned char>(s[end])) || s[end] == '_')) {
         ++end;
       }
       tokens.push_back({token::name, s.substr(at, end - at)});
@@ -243,14 +248,14 @@ bool one_of(const std::string& s, std::initializer_list<const char*> all) {
 }
 
 bool known_filter(const std::string& s) {
-  return one_of(s, {"trim", "tojson", "length", "count", "upper", "lower", "title", "capitalize",
-                    "default", "d", "first", "last", "join", "list", "string", "replace", "items",
-                    "selectattr", "rejectattr", "safe"});
+  return one_of(s, {"trim",       "tojson",  "length", "count",      "upper",      "lower", "title",
+                    "capitalize", "default", "d",      "first",      "last",       "join",  "list",
+                    "string",     "replace", "items",  "selectattr", "rejectattr", "safe"});
 }
 bool known_test(const std::string& s) {
-  return one_of(s, {"defined", "undefined", "none", "string", "mapping", "iterable", "sequence",
-                    "number", "integer", "boolean", "true", "false", "odd", "even", "equalto", "eq",
-                    "ne", "in"});
+  return one_of(
+      s, {"defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "number",
+          "integer", "boolean", "true", "false", "odd", "even", "equalto", "eq", "ne", "in"});
 }
 
 class parser {
@@ -445,8 +450,8 @@ class parser {
     while (take("if")) {
       node_ptr condition = parse_or();
       node_ptr otherwise = take("else") ? parse_expression() : nullptr;
-      value = make_of(node::choice, "", std::move(condition), std::move(value),
-                      std::move(otherwise));
+      value =
+          make_of(node::choice, "", std::move(condition), std::move(value), std::move(otherwise));
     }
     return value;
   }
@@ -465,9 +470,7 @@ class parser {
   }
 
   node_ptr parse_or() {
-    return parse_binary({"or"}, [&] {
-      return parse_binary({"and"}, [&] { return parse_not(); });
-    });
+    return parse_binary({"or"}, [&] { return parse_binary({"and"}, [&] { return parse_not(); }); });
   }
   node_ptr parse_not() {
     const guard g(*this);
@@ -609,8 +612,8 @@ class parser {
     n.names.assign(n.children.size(), "");
     expect("(");
     while (!take(")")) {
-      const bool named = peek().kind == token::name && peek(1).kind == token::symbol &&
-                         peek(1).text == "=";
+      const bool named =
+          peek().kind == token::name && peek(1).kind == token::symbol && peek(1).text == "=";
       n.names.push_back(named ? take_name() : "");
       if (named) expect("=");
       n.children.push_back(parse_expression());
@@ -749,8 +752,12 @@ class executor {
   flow execute(const node& n) {
     count_step(n);
     switch (n.kind) {
-      case node::text: put(n, marked_text::plain(n.text_)); break;
-      case node::output: put(n, to_text(n, evaluate(n.child(0)))); break;
+      case node::text:
+        put(n, marked_text::plain(n.text_));
+        break;
+      case node::output:
+        put(n, to_text(n, evaluate(n.child(0))));
+        break;
       case node::block:
         for (const node_ptr& statement : n.children) {
           if (const flow f = execute(*statement); f != flow::normal) return f;
@@ -760,17 +767,24 @@ class executor {
         if (truthy(evaluate(n.child(0)))) return execute(n.child(1));
         if (n.has(2)) return execute(n.child(2));
         break;
-      case node::loop: execute_loop(n); break;
-      case node::assign: assign(n, evaluate(n.child(0))); break;
+      case node::loop:
+        execute_loop(n);
+        break;
+      case node::assign:
+        assign(n, evaluate(n.child(0)));
+        break;
       case node::capture: {
         marked_text outside = std::exchange(out_, {});
         const flow f = execute(n.child(0));
         assign(n, std::exchange(out_, std::move(outside)));
         return f;
       }
-      case node::leave: return flow::leave;
-      case node::proceed: return flow::proceed;
-      default: report_.unsupported(n.line, "an expression as statement");
+      case node::leave:
+        return flow::leave;
+      case node::proceed:
+        return flow::proceed;
+      default:
+        report_.unsupported(n.line, "an expression as statement");
     }
     return flow::normal;
   }
@@ -785,8 +799,8 @@ class executor {
   }
 
   static void put_entry(value_entries& into, const std::string& name, template_value v) {
-    const auto found = std::find_if(into.begin(), into.end(),
-                                    [&](const auto& e) { return e.first == name; });
+    const auto found =
+        std::find_if(into.begin(), into.end(), [&](const auto& e) { return e.first == name; });
     if (found != into.end()) {
       found->second = std::move(v);
     } else {
@@ -820,8 +834,8 @@ class executor {
     if (n.names.size() == 1) return put_entry(scope, n.names[0], item);
     const auto* parts = list_in(item);
     if (parts == nullptr || parts->size() != n.names.size()) {
-      report_.unsupported(n.line, "a loop over items that are not " +
-                                      std::to_string(n.names.size()) + " values");
+      report_.unsupported(
+          n.line, "a loop over items that are not " + std::to_string(n.names.size()) + " values");
     }
     for (std::size_t i = 0; i < parts->size(); ++i) put_entry(scope, n.names[i], (*parts)[i]);
   }
@@ -845,10 +859,14 @@ class executor {
         return at < items.size() ? items[at] : template_value(undefined_value{"item"});
       };
       auto loop = std::make_shared<value_entries>();
-      *loop = {{"index", index + 1},          {"index0", index},
-               {"first", i == 0},             {"last", i + 1 == items.size()},
-               {"length", length},            {"revindex", length - index},
-               {"revindex0", length - index - 1}, {"previtem", neighbour(i - 1)},
+      *loop = {{"index", index + 1},
+               {"index0", index},
+               {"first", i == 0},
+               {"last", i + 1 == items.size()},
+               {"length", length},
+               {"revindex", length - index},
+               {"revindex0", length - index - 1},
+               {"previtem", neighbour(i - 1)},
                {"nextitem", neighbour(i + 1)}};
       put_entry(scopes_.back(), "loop", mapping_value{loop});
       bind(n, items[i]);
@@ -871,7 +889,8 @@ class executor {
     if (const auto* t = text_in(v)) return *t;
     const auto* u = get<undefined_value>(v);
     report_.refuse(n.line, std::string(what) + " is " + type_of(v) +
-                               (u != nullptr ? " (" + u->name + ")" : "") + ", but must be a string");
+                               (u != nullptr ? " (" + u->name + ")" : "") +
+                               ", but must be a string");
   }
   long long number_of(const node& n, const template_value& v) const {
     const auto i = number_in(v);
@@ -882,20 +901,29 @@ class executor {
   template_value evaluate(const node& n) {
     count_step(n);
     switch (n.kind) {
-      case node::literal: return n.value;
-      case node::name: return find(n.text_);
-      case node::attribute: return attribute(n, evaluate(n.child(0)), n.text_);
-      case node::item: return item(n, evaluate(n.child(0)), evaluate(n.child(1)));
-      case node::slice: return slice(n);
-      case node::call: return call(n);
-      case node::filter: return filter(n);
-      case node::test: return test(n);
+      case node::literal:
+        return n.value;
+      case node::name:
+        return find(n.text_);
+      case node::attribute:
+        return attribute(n, evaluate(n.child(0)), n.text_);
+      case node::item:
+        return item(n, evaluate(n.child(0)), evaluate(n.child(1)));
+      case node::slice:
+        return slice(n);
+      case node::call:
+        return call(n);
+      case node::filter:
+        return filter(n);
+      case node::test:
+        return test(n);
       case node::unary: {
         const template_value v = evaluate(n.child(0));
         if (n.text_ == "not") return !truthy(v);
         return -number_of(n, v);
       }
-      case node::binary: return binary(n);
+      case node::binary:
+        return binary(n);
       case node::choice:
         if (truthy(evaluate(n.child(0)))) return evaluate(n.child(1));
         return n.has(2) ? evaluate(n.child(2)) : template_value(undefined_value{"else"});
@@ -912,7 +940,8 @@ class executor {
         }
         return mapping_value{all};
       }
-      default: report_.unsupported(n.line, "a statement as expression");
+      default:
+        report_.unsupported(n.line, "a statement as expression");
     }
   }
 
@@ -976,9 +1005,7 @@ class executor {
     }
     if (step == -1) return make_list({l->rbegin(), l->rend()});
     const auto size = static_cast<long long>(l != nullptr ? l->size() : t->size());
-    const auto place = [&](long long i) {
-      return std::clamp(i < 0 ? i + size : i, 0LL, size);
-    };
+    const auto place = [&](long long i) { return std::clamp(i < 0 ? i + size : i, 0LL, size); };
     const long long first = place(part[0].value_or(0));
     const long long last = std::max(first, place(part[1].value_or(size)));
     if (l != nullptr) return make_list({l->begin() + first, l->begin() + last});
@@ -1050,9 +1077,8 @@ class executor {
     }
     if (const auto* m = mapping_in(in)) {
       const auto* key = text_in(what);
-      return key != nullptr && std::any_of(m->begin(), m->end(), [&](const auto& e) {
-               return e.first == key->text;
-             });
+      return key != nullptr &&
+             std::any_of(m->begin(), m->end(), [&](const auto& e) { return e.first == key->text; });
     }
     report_.refuse(n.line, std::string("'in' needs a string, list or mapping, not ") + type_of(in));
   }
@@ -1180,8 +1206,8 @@ class executor {
     bool starts_word = true;
     for (std::size_t i = 0; i < t.size(); ++i) {
       const auto c = static_cast<unsigned char>(t.text[i]);
-      const bool up = how == "upper" || (how == "title" && starts_word) ||
-                      (how == "capitalize" && i == 0);
+      const bool up =
+          how == "upper" || (how == "title" && starts_word) || (how == "capitalize" && i == 0);
       t.text[i] = static_cast<char>(up ? std::toupper(c) : std::tolower(c));
       starts_word = std::isalpha(c) == 0;
     }
@@ -1218,8 +1244,8 @@ class executor {
     if (name == "default" || name == "d") {
       const auto otherwise = argument(n, 0, "default_value");
       const auto falsy = argument(n, 1, "boolean");
-      const bool missing = get<undefined_value>(v) != nullptr ||
-                           (falsy && truthy(*falsy) && !truthy(v));
+      const bool missing =
+          get<undefined_value>(v) != nullptr || (falsy && truthy(*falsy) && !truthy(v));
       return missing ? otherwise.value_or(make_text("")) : v;
     }
     if (name == "tojson") return tojson(n, v);
@@ -1414,8 +1440,7 @@ std::map<std::string, std::pair<std::string, std::string>> all_templates(const f
                                        "{\"name\": ..., \"template\": ...}");
         }
         const auto name = entry["name"].get<std::string>();
-        all[name] = {entry["template"].get<std::string>(),
-                     config_name + ": chat_template " + name};
+        all[name] = {entry["template"].get<std::string>(), config_name + ": chat_template " + name};
       }
     }
   }
@@ -1437,13 +1462,12 @@ std::map<std::string, std::pair<std::string, std::string>> all_templates(const f
 
 /// Adds tokens written as "text" or {"content": "text"}.
 void add_tokens(const json& config, std::map<std::string, std::string>& tokens) {
-  for (const char* name :
-       {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
-        "mask_token"}) {
+  for (const char* name : {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
+                           "cls_token", "mask_token"}) {
     const auto found = config.find(name);
     if (found == config.end()) continue;
-    const json& value = found->is_object() && found->contains("content") ? (*found)["content"]
-                                                                         : *found;
+    const json& value =
+        found->is_object() && found->contains("content") ? (*found)["content"] : *found;
     if (value.is_string()) tokens[name] = value.get<std::string>();
   }
 }

@@ -13,10 +13,10 @@ namespace qeft_llm {
 
 struct generate_options {
   std::string model;
-  std::string prompt;       // "-" reads the standard input
-  std::string prompt_file;  // instead of prompt
-  std::string messages;     // JSON list of {"role", "content"}, instead of prompt; implies chat
-  std::string system;       // with chat: what the model is told first
+  std::string prompt;         // "-" reads the standard input
+  std::string prompt_file;    // instead of prompt
+  std::string messages;       // JSON list of {"role", "content"}, instead of prompt; implies chat
+  std::string system;         // with chat: what the model is told first
   std::string template_name;  // with chat: of several templates
   qeft::index_t max_tokens = 128;
   sampling_options sampling;
@@ -37,11 +37,11 @@ struct perplexity_options {
   int threads = 0;
 };
 
-/// Streams the answer to stdout and the speed to stderr. Each returns the exit status of its command
-/// and throws qeft::error.
+/// Streams the answer to stdout and the speed to stderr. Each returns the exit status of its
+/// command and throws qeft::error.
 ///
-/// With json, stdout is one object: prompt_tokens (a number), tokens (the ids drawn, without the one
-/// that ended the text), text, finish_reason ("stop" for an end token, "length"), and
+/// With json, stdout is one object: prompt_tokens (a number), tokens (the ids drawn, without the
+/// one that ended the text), text, finish_reason ("stop" for an end token, "length"), and
 /// prefill_seconds and decode_seconds.
 int run_generate(const generate_options& options);
 
@@ -53,9 +53,10 @@ int run_perplexity(const perplexity_options& options);
 
 /// A table of a model's linear layers.
 ///
-/// With json, one object: model_type, weights, bytes and bits_per_weight of all linears, and layers, a
-/// list of name, out_channels, in_channels, bits, bits_per_weight and, of a quantised one, group_size,
-/// zero, weak, weak_columns, error and rtn_error (null where the quantiser recorded none).
+/// With json, one object: model_type, weights, bytes and bits_per_weight of all linears, and
+/// layers, a list of name, out_channels, in_channels, bits, bits_per_weight and, of a quantised
+/// one, group_size, zero, weak, weak_columns, error and rtn_error (null where the quantiser
+/// recorded none).
 /// @param path a model directory or its config.json
 int run_inspect(const std::string& path, bool json);
 

@@ -54,9 +54,8 @@ bool is_missing(const json_fields& fields, const char* key) {
 
 index_t read_key_value_heads(const json_fields& fields, const model_config& c) {
   // Null means as many as query heads for every type.
-  const index_t absent = is_missing(fields, "num_key_value_heads")
-                             ? defaults_of(c.model_type).num_key_value_heads
-                             : 0;
+  const index_t absent =
+      is_missing(fields, "num_key_value_heads") ? defaults_of(c.model_type).num_key_value_heads : 0;
   const index_t heads = fields.integer_or("num_key_value_heads",
                                           absent == 0 ? c.num_attention_heads : absent, 1, 100000);
   if (c.num_attention_heads % heads == 0) return heads;
@@ -64,8 +63,8 @@ index_t read_key_value_heads(const json_fields& fields, const model_config& c) {
       "a divisor of num_attention_heads = " + std::to_string(c.num_attention_heads);
   if (fields.has("num_key_value_heads")) fields.refuse("num_key_value_heads", rule);
   fail(errc::corrupt_file, fields.where() + ": num_key_value_heads is missing, which means " +
-                               std::to_string(heads) + " for " + c.model_type +
-                               ", but must be " + rule);
+                               std::to_string(heads) + " for " + c.model_type + ", but must be " +
+                               rule);
 }
 
 void read_sizes(const json_fields& fields, model_config& c) {
@@ -74,9 +73,8 @@ void read_sizes(const json_fields& fields, model_config& c) {
   c.num_hidden_layers = fields.integer("num_hidden_layers", 1, 100000);
   c.num_attention_heads = fields.integer("num_attention_heads", 1, 100000);
   c.vocab_size = fields.integer("vocab_size", 1, max_size);
-  c.max_position_embeddings =
-      fields.integer_or("max_position_embeddings",
-                        defaults_of(c.model_type).max_position_embeddings, 1, max_size);
+  c.max_position_embeddings = fields.integer_or(
+      "max_position_embeddings", defaults_of(c.model_type).max_position_embeddings, 1, max_size);
   c.num_key_value_heads = read_key_value_heads(fields, c);
   if (!fields.has("head_dim") && c.hidden_size % c.num_attention_heads != 0) {
     fields.refuse("num_attention_heads",

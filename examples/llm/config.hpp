@@ -41,9 +41,9 @@ struct model_config {
   qeft::index_t head_dim = 0;             // even
   qeft::index_t vocab_size = 0;
   qeft::index_t max_position_embeddings = 0;
-  /// In the layers that have a window each token attends to the last `sliding_window` tokens, itself
-  /// included; 0 where no layer has one. Attention over at most that many tokens does not depend on
-  /// it.
+  /// In the layers that have a window each token attends to the last `sliding_window` tokens,
+  /// itself included; 0 where no layer has one. Attention over at most that many tokens does not
+  /// depend on it.
   qeft::index_t sliding_window = 0;
   std::vector<bool> windowed_layers;  // by layer; empty when every layer has the window
   double rms_norm_eps = 1e-6;
@@ -52,8 +52,8 @@ struct model_config {
   bool qkv_bias = false;             // q_proj, k_proj and v_proj have a bias
   bool o_bias = false;
   bool mlp_bias = false;  // gate_proj, up_proj and down_proj have a bias
-  /// The tokens that end a text, ascending: those of generation_config.json, or else of config.json.
-  /// Ids without a row in the embedding, which no model can say, are left out.
+  /// The tokens that end a text, ascending: those of generation_config.json, or else of
+  /// config.json. Ids without a row in the embedding, which no model can say, are left out.
   std::vector<int> eos_token_ids;
   std::optional<qeft::io::quantization_config> quantization;  // of a QEFT checkpoint
   nlohmann::json source;  // the parsed config.json, from which a new one is made

@@ -69,20 +69,22 @@ float exp_clamped(float x) noexcept { return exponential(x); }
 
 void rms_norm(const qeft::on_host& exec, const float* x, const float* weight, float epsilon,
               index_t tokens, index_t channels, float* out) {
-  exec.parallel_for(tokens, std::max<index_t>(1, grain / channels), [&](index_t begin, index_t end) {
-    for (index_t t = begin; t < end; ++t) {
-      const float* row = x + t * channels;
-      float* to = out + t * channels;
-      const float squares = sum(channels, [row](index_t c) { return row[c] * row[c]; });
-      const float factor = 1.0F / std::sqrt(squares / static_cast<float>(channels) + epsilon);
-      for (index_t c = 0; c < channels; ++c) to[c] = row[c] * factor * weight[c];
-    }
-  });
+  exec.parallel_for(
+      tokens, std::max<index_t>(1, grain / channels), [&](index_t begin, index_t end) {
+        for (index_t t = begin; t < end; ++t) {
+          const float* row = x + t * channels;
+          float* to = out + t * channels;
+          const float squares = sum(channels, [row](index_t c) { return row[c] * row[c]; });
+          const float factor = 1.0F / std::sqrt(squares / static_cast<float>(channels) + epsilon);
+          for (index_t c = 0; c < channels; ++c) to[c] = row[c] * factor * weight[c];
+        }
+      });
 }
 
 void swiglu(const qeft::on_host& exec, float* gate, const float* up, index_t count) {
   exec.parallel_for(count, grain, [=](index_t begin, index_t end) {
-    for (index_t i = begin; i < end; ++i) gate[i] = gate[i] / (1.0F + exponential(-gate[i])) * up[i];
+    for (index_t i = begin; i < end; ++i)
+      gate[i] = gate[i] / (1.0F + exponential(-gate[i])) * up[i];
   });
 }
 
@@ -93,9 +95,9 @@ void add(const qeft::on_host& exec, const float* addend, index_t count, float* s
 }
 
 void softmax(float* scores, index_t count) noexcept {
-  const float highest =
-      reduce(count, scores[0], [scores](index_t i) { return scores[i]; },
-             [](float a, float b) { return a < b ? b : a; });
+  const float highest = reduce(
+      count, scores[0], [scores](index_t i) { return scores[i]; },
+      [](float a, float b) { return a < b ? b : a; });
   for (index_t i = 0; i < count; ++i) scores[i] = exponential(scores[i] - highest);
   const float total = sum(count, [scores](index_t i) { return scores[i]; });
   const float factor = 1.0F / total;

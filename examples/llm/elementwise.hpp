@@ -7,8 +7,8 @@
 
 namespace qeft_llm {
 
-/// e^x to within 2 units in the last place for x in [-87, 88], and clamped to that range: written so
-/// that compilers vectorise loops over it, which they cannot do with std::exp.
+/// e^x to within 2 units in the last place for x in [-87, 88], and clamped to that range: written
+/// so that compilers vectorise loops over it, which they cannot do with std::exp.
 float exp_clamped(float x) noexcept;
 
 /// out[t, c] = x[t, c] / sqrt(mean_c x[t, c]^2 + epsilon) * weight[c]; x and out (tokens, channels)

@@ -59,12 +59,14 @@ std::vector<int> encode_conversation(const tokenizer& tok, const generate_option
   model_chat_template found = find_chat_template(o.model, o.template_name);
   if (found.source.empty()) {
     if (!tok.id_of("<|im_start|>") || !tok.id_of("<|im_end|>")) {
-      fail(errc::unsupported, "generate: --chat needs a chat template, but " + o.model +
-                                  " has none (chat_template.jinja, or chat_template in "
-                                  "tokenizer_config.json), nor the tokens of ChatML; without --chat, "
-                                  "--prompt takes the text as it is");
+      fail(errc::unsupported,
+           "generate: --chat needs a chat template, but " + o.model +
+               " has none (chat_template.jinja, or chat_template in "
+               "tokenizer_config.json), nor the tokens of ChatML; without --chat, "
+               "--prompt takes the text as it is");
     }
-    std::fprintf(stderr, "notice: %s has no chat template; ChatML is taken, without a system turn\n",
+    std::fprintf(stderr,
+                 "notice: %s has no chat template; ChatML is taken, without a system turn\n",
                  o.model.c_str());
     found.source = plain_chatml;
     found.where = "ChatML";
@@ -75,10 +77,10 @@ std::vector<int> encode_conversation(const tokenizer& tok, const generate_option
     return tok.encode_marked(text.text, text.marks);
   } catch (const qeft::error& e) {
     if (e.code() != errc::unsupported) throw;
-    fail(errc::unsupported, "generate: this chat template cannot be followed: " +
-                                std::string(e.what()) +
-                                "; --template takes another template of the model, and without "
-                                "--chat --prompt takes the text as it is");
+    fail(errc::unsupported,
+         "generate: this chat template cannot be followed: " + std::string(e.what()) +
+             "; --template takes another template of the model, and without "
+             "--chat --prompt takes the text as it is");
   }
 }
 

@@ -62,9 +62,9 @@ void hf_weights::require(const std::vector<tensor_spec>& expected) const {
   int bad = 0;
   std::string list;
   for (const tensor_spec& spec : expected) {
-    const std::string what =
-        contains(spec.name) ? complaint(reader_.at(stored_name(spec.name)), spec.shape)
-                            : reader_.absence(stored_name(spec.name));
+    const std::string what = contains(spec.name)
+                                 ? complaint(reader_.at(stored_name(spec.name)), spec.shape)
+                                 : reader_.absence(stored_name(spec.name));
     if (what.empty()) continue;
     if (++bad <= listed) list += "\n  " + spec.name + " " + what;
   }

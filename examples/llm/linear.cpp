@@ -31,9 +31,9 @@ struct rounded_values {
 
 template <class Scalar>
 rounded_values rounded(const std::vector<float>& values, index_t rows, index_t columns) {
-  rounded_values r{std::is_same_v<Scalar, qeft::half_bits> ? qeft::scalar_kind::half
-                                                           : qeft::scalar_kind::bf16,
-                   std::vector<std::uint16_t>(values.size())};
+  rounded_values r{
+      std::is_same_v<Scalar, qeft::half_bits> ? qeft::scalar_kind::half : qeft::scalar_kind::bf16,
+      std::vector<std::uint16_t>(values.size())};
   struct sums {
     double lost = 0;
     double whole = 0;
@@ -82,8 +82,8 @@ packed_matrix full_precision(const std::string& name, const qeft::io::tensor_vie
   d.in_channels = in_channels;
   d.weak = qeft::weak_kind::tail;
   d.weak_columns = in_channels;
-  d.scalar = tensor.type == qeft::io::dtype::bf16 ? qeft::scalar_kind::bf16
-                                                  : qeft::scalar_kind::half;
+  d.scalar =
+      tensor.type == qeft::io::dtype::bf16 ? qeft::scalar_kind::bf16 : qeft::scalar_kind::half;
   const auto refuse = [&](index_t i, const std::string& why) {
     fail(errc::not_finite, "tensor " + name + ", element " + std::to_string(i) + ": " + why);
   };
@@ -100,9 +100,8 @@ packed_matrix full_precision(const std::string& name, const qeft::io::tensor_vie
       }
     }
     if (best.overflowed >= 0) {
-      refuse(best.overflowed,
-             std::to_string(values[static_cast<std::size_t>(best.overflowed)]) +
-                 " overflows FP16 and BF16");
+      refuse(best.overflowed, std::to_string(values[static_cast<std::size_t>(best.overflowed)]) +
+                                  " overflows FP16 and BF16");
     }
     if (rounding != nullptr && best.error > 0) {
       ++rounding->tensors;
@@ -121,8 +120,7 @@ packed_matrix full_precision(const std::string& name, const qeft::io::tensor_vie
                                 ", but must be F16, BF16, F32 or F64");
   }
   packed_matrix m(d);
-  std::memcpy(m.weak().data(), tensor.data.data(),
-              static_cast<std::size_t>(tensor.data.size()));
+  std::memcpy(m.weak().data(), tensor.data.data(), static_cast<std::size_t>(tensor.data.size()));
   const index_t bad = qeft::io::find_not_finite(tensor.data, d.scalar);
   if (bad >= 0) refuse(bad, "not finite");
   return m;

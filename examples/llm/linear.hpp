@@ -22,11 +22,11 @@ struct rounding_summary {
   bool reported = false;
 };
 
-/// A full-precision (F16, BF16, F32, F64) tensor of OC x IC as a layer whose columns are all weak: no
-/// codes, the values as they are. F32 and F64 are rounded to FP16 or BF16, whichever has the smaller
-/// error by the measure of rounding_summary: FP16 for weights of usual size, BF16 where rows or
-/// columns are too small or too large for FP16. NaN, infinity and overflow throw qeft::error naming
-/// the tensor.
+/// A full-precision (F16, BF16, F32, F64) tensor of OC x IC as a layer whose columns are all weak:
+/// no codes, the values as they are. F32 and F64 are rounded to FP16 or BF16, whichever has the
+/// smaller error by the measure of rounding_summary: FP16 for weights of usual size, BF16 where
+/// rows or columns are too small or too large for FP16. NaN, infinity and overflow throw
+/// qeft::error naming the tensor.
 /// @param rounding counts the tensor if its numbers changed; may be null
 packed_matrix full_precision(const std::string& name, const qeft::io::tensor_view& tensor,
                              qeft::index_t out_channels, qeft::index_t in_channels,
@@ -53,8 +53,8 @@ class linear {
   /// y = W x + bias. @param x (tokens, IC) @param y (tokens, OC)
   void forward(const qeft::on_host& exec, const float* x, qeft::index_t tokens, float* y) const;
 
-  /// Row n of a full-precision weight, (IC): the embedding of token n. An embedding and a tied head are
-  /// one linear.
+  /// Row n of a full-precision weight, (IC): the embedding of token n. An embedding and a tied head
+  /// are one linear.
   void read_row(qeft::index_t n, float* row) const;
 
  private:

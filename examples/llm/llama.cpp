@@ -23,13 +23,20 @@ constexpr index_t rotation_grain = 16;
 
 const char* suffix_of(linear_kind kind) {
   switch (kind) {
-    case linear_kind::q: return "self_attn.q_proj";
-    case linear_kind::k: return "self_attn.k_proj";
-    case linear_kind::v: return "self_attn.v_proj";
-    case linear_kind::o: return "self_attn.o_proj";
-    case linear_kind::gate: return "mlp.gate_proj";
-    case linear_kind::up: return "mlp.up_proj";
-    case linear_kind::down: break;
+    case linear_kind::q:
+      return "self_attn.q_proj";
+    case linear_kind::k:
+      return "self_attn.k_proj";
+    case linear_kind::v:
+      return "self_attn.v_proj";
+    case linear_kind::o:
+      return "self_attn.o_proj";
+    case linear_kind::gate:
+      return "mlp.gate_proj";
+    case linear_kind::up:
+      return "mlp.up_proj";
+    case linear_kind::down:
+      break;
   }
   return "mlp.down_proj";
 }
@@ -87,28 +94,28 @@ std::vector<float> model_source::vector(const std::string& name, index_t size) c
 void model_source::report_rounding() const {
   if (rounding_.tensors == 0 || rounding_.reported) return;
   rounding_.reported = true;
-  std::fprintf(stderr,
-               "notice: %lld tensors were rounded to 16 bits, FP16 or BF16 by which loses less; the "
-               "worst, %s, by %.2g of the norm of a row or column\n",
-               static_cast<long long>(rounding_.tensors), rounding_.worst.c_str(),
-               rounding_.error);
+  std::fprintf(
+      stderr,
+      "notice: %lld tensors were rounded to 16 bits, FP16 or BF16 by which loses less; the "
+      "worst, %s, by %.2g of the norm of a row or column\n",
+      static_cast<long long>(rounding_.tensors), rounding_.worst.c_str(), rounding_.error);
 }
 
-rope_table::rope_table(const model_config& config, index_t positions)
-    : half_(config.head_dim / 2) {
+rope_table::rope_table(const model_config& config, index_t positions) : half_(config.head_dim / 2) {
   const rope_config& rope = config.rope;
   const double pi = std::acos(-1.0);
   std::vector<double> frequency(static_cast<std::size_t>(half_));
   for (index_t i = 0; i < half_; ++i) {
-    double f = std::pow(rope.theta, -2.0 * static_cast<double>(i) /
-                                        static_cast<double>(config.head_dim));
+    double f =
+        std::pow(rope.theta, -2.0 * static_cast<double>(i) / static_cast<double>(config.head_dim));
     if (rope.scaling == rope_scaling::linear) f /= rope.factor;
     if (rope.scaling == rope_scaling::llama3) {
       // Llama 3.1: a ramp, in turns per original context, between scaled and unscaled frequencies.
-      const double turns = static_cast<double>(rope.original_max_position_embeddings) * f / (2 * pi);
-      const double ramp = std::clamp((turns - rope.low_freq_factor) /
-                                         (rope.high_freq_factor - rope.low_freq_factor),
-                                     0.0, 1.0);
+      const double turns =
+          static_cast<double>(rope.original_max_position_embeddings) * f / (2 * pi);
+      const double ramp = std::clamp(
+          (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0,
+          1.0);
       f = (1 - ramp) * f / rope.factor + ramp * f;
     }
     frequency[static_cast<std::size_t>(i)] = f;
@@ -141,13 +148,20 @@ std::string linear_name(index_t block, linear_kind kind) {
 
 linear& linear_of(block& b, linear_kind kind) {
   switch (kind) {
-    case linear_kind::q: return b.q;
-    case linear_kind::k: return b.k;
-    case linear_kind::v: return b.v;
-    case linear_kind::o: return b.o;
-    case linear_kind::gate: return b.gate;
-    case linear_kind::up: return b.up;
-    case linear_kind::down: break;
+    case linear_kind::q:
+      return b.q;
+    case linear_kind::k:
+      return b.k;
+    case linear_kind::v:
+      return b.v;
+    case linear_kind::o:
+      return b.o;
+    case linear_kind::gate:
+      return b.gate;
+    case linear_kind::up:
+      return b.up;
+    case linear_kind::down:
+      break;
   }
   return b.down;
 }
@@ -156,13 +170,18 @@ linear_shape shape_of(const model_config& config, linear_kind kind) {
   const index_t attention = config.num_attention_heads * config.head_dim;
   const index_t value = config.num_key_value_heads * config.head_dim;
   switch (kind) {
-    case linear_kind::q: return {attention, config.hidden_size};
+    case linear_kind::q:
+      return {attention, config.hidden_size};
     case linear_kind::k:
-    case linear_kind::v: return {value, config.hidden_size};
-    case linear_kind::o: return {config.hidden_size, attention};
+    case linear_kind::v:
+      return {value, config.hidden_size};
+    case linear_kind::o:
+      return {config.hidden_size, attention};
     case linear_kind::gate:
-    case linear_kind::up: return {config.intermediate_size, config.hidden_size};
-    case linear_kind::down: break;
+    case linear_kind::up:
+      return {config.intermediate_size, config.hidden_size};
+    case linear_kind::down:
+      break;
   }
   return {config.hidden_size, config.intermediate_size};
 }
@@ -177,10 +196,10 @@ block load_block(const qeft::on_host& exec, const model_source& source, index_t 
   for (const linear_kind kind : all_linears) {
     const std::string name = linear_name(index, kind);
     const linear_shape s = shape_of(config, kind);
-    linear_of(b, kind) = linear(
-        exec, source.matrix(name, s.out_channels, s.in_channels),
-        has_bias(config, kind) ? source.vector(name + ".bias", s.out_channels)
-                               : std::vector<float>{});
+    linear_of(b, kind) =
+        linear(exec, source.matrix(name, s.out_channels, s.in_channels),
+               has_bias(config, kind) ? source.vector(name + ".bias", s.out_channels)
+                                      : std::vector<float>{});
   }
   return b;
 }
@@ -217,8 +236,8 @@ void mlp_inner(const qeft::on_host& exec, const block& b, const float* x, index_
 }
 
 void block_forward(const qeft::on_host& exec, const model_config& config, const rope_table& rope,
-                   const block& b, index_t tokens, index_t first, block_cache& cache,
-                   float* stream, const activation_tap& tap) {
+                   const block& b, index_t tokens, index_t first, block_cache& cache, float* stream,
+                   const activation_tap& tap) {
   const auto see = [&](linear_kind kind, const std::vector<float>& x) {
     if (tap) tap(kind, x.data(), tokens);
   };
@@ -253,8 +272,8 @@ llama_model::llama_model(const qeft::on_host& exec, const model_source& source,
                          activation_type activations)
     : exec_(exec), config_(source.config()) {
   if (!config_.quantization) source.weights().require(expected_tensors(config_));
-  embedding_ = linear(
-      exec, source.matrix("model.embed_tokens", config_.vocab_size, config_.hidden_size));
+  embedding_ =
+      linear(exec, source.matrix("model.embed_tokens", config_.vocab_size, config_.hidden_size));
   for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
     blocks_.push_back(load_block(exec, source, l));
     for (const linear_kind kind : all_linears) {
@@ -292,8 +311,7 @@ const std::vector<float>& llama_model::forward(const std::vector<int>& tokens,
   if (position_ + count > capacity_) {
     fail(errc::invalid_argument, "llama_model: the sequence grows to " +
                                      std::to_string(position_ + count) +
-                                     " tokens, but there is room for " +
-                                     std::to_string(capacity_));
+                                     " tokens, but there is room for " + std::to_string(capacity_));
   }
   stream_.resize(static_cast<std::size_t>(count * config_.hidden_size));
   for (index_t t = 0; t < count; ++t) {

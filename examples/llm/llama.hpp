@@ -16,8 +16,8 @@
 
 namespace qeft_llm {
 
-/// Reads the tensors of a model directory, full-precision or a QEFT checkpoint. What config.json and
-/// the tensors disagree about is settled as `transformers` 5 does, with a notice on stderr:
+/// Reads the tensors of a model directory, full-precision or a QEFT checkpoint. What config.json
+/// and the tensors disagree about is settled as `transformers` 5 does, with a notice on stderr:
 /// - tied in config.json, but another lm_head in the files: that head counts, and config() says so;
 /// - tied, and lm_head is the only one of the two in the files: it is the embedding too.
 class model_source {
@@ -71,9 +71,9 @@ struct block {
 
 /// The linears of a block in the order of the computation, and their names without ".weight".
 enum class linear_kind { q, k, v, o, gate, up, down };
-inline constexpr linear_kind all_linears[] = {linear_kind::q,    linear_kind::k,  linear_kind::v,
-                                              linear_kind::o,    linear_kind::gate,
-                                              linear_kind::up,   linear_kind::down};
+inline constexpr linear_kind all_linears[] = {linear_kind::q,   linear_kind::k,    linear_kind::v,
+                                              linear_kind::o,   linear_kind::gate, linear_kind::up,
+                                              linear_kind::down};
 std::string linear_name(qeft::index_t block, linear_kind kind);
 linear& linear_of(block& b, linear_kind kind);
 
@@ -91,8 +91,8 @@ block load_block(const qeft::on_host& exec, const model_source& source, qeft::in
 
 /// The phases of a block. x and out are (tokens, channels).
 ///
-/// q, k, v and attention over the tokens at positions [first, first + tokens) and all before them in
-/// the cache: x is the normed stream, out (tokens, heads * head_dim) is o_proj's input.
+/// q, k, v and attention over the tokens at positions [first, first + tokens) and all before them
+/// in the cache: x is the normed stream, out (tokens, heads * head_dim) is o_proj's input.
 void attend(const qeft::on_host& exec, const model_config& config, const rope_table& rope,
             const block& b, const float* x, qeft::index_t tokens, qeft::index_t first,
             block_cache& cache, float* out);

@@ -16,17 +16,14 @@ llama_graph describe(const model_config& config) {
   for (int l = 0; l < config.num_hidden_layers; ++l) {
     const std::string block = "model.layers." + std::to_string(l);
     const auto mlp = g.graph.add_space(block + ".mlp", config.intermediate_size);
-    const auto value = g.graph.add_space(block + ".value",
-                                         config.num_key_value_heads * config.head_dim,
-                                         config.num_key_value_heads);
-    const auto attention =
-        g.graph.add_repeated_space(block + ".attention", value,
-                                   config.num_attention_heads / config.num_key_value_heads);
+    const auto value = g.graph.add_space(
+        block + ".value", config.num_key_value_heads * config.head_dim, config.num_key_value_heads);
+    const auto attention = g.graph.add_repeated_space(
+        block + ".attention", value, config.num_attention_heads / config.num_key_value_heads);
     g.mlp.push_back(mlp);
     g.value.push_back(value);
 
-    const auto linear = [&](const std::string& name, qeft::space_id rows,
-                            qeft::space_id columns) {
+    const auto linear = [&](const std::string& name, qeft::space_id rows, qeft::space_id columns) {
       g.graph.add_tensor(block + name, rows, columns);
       g.graph.add_tensor(block + name + ".bias", no_space, rows);
     };

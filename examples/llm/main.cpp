@@ -74,7 +74,8 @@ void add_quantize(CLI::App& command, quantize_options& o, std::string& device) {
   command.add_option("--bits", o.layer.bits, "bits per code")
       ->check(CLI::IsMember({2, 3, 4, 8}))
       ->capture_default_str();
-  command.add_option("--group-size", o.layer.group_size, "columns per scale, -1 for one per channel")
+  command
+      .add_option("--group-size", o.layer.group_size, "columns per scale, -1 for one per channel")
       ->capture_default_str();
   command.add_option("--weak-columns", o.weak_columns, "k, full-precision columns per layer")
       ->capture_default_str();
@@ -86,21 +87,24 @@ void add_quantize(CLI::App& command, quantize_options& o, std::string& device) {
                                {"scaled", qeft::zero_kind::scaled},
                                {"symmetric", qeft::zero_kind::symmetric}});
   add_choice<layer_method>(command, "--method", o.layer.method, "how codes are found",
-                              {{"optq", layer_method::optq}, {"rtn", layer_method::rtn}});
+                           {{"optq", layer_method::optq}, {"rtn", layer_method::rtn}});
   add_choice<search_method>(command, "--search", o.layer.search.method, "ranges of groups",
-                           {{"grid", search_method::grid}, {"minmax", search_method::minmax}});
-  command.add_option("--steps", o.layer.search.steps, "steps of the grid search")->capture_default_str();
+                            {{"grid", search_method::grid}, {"minmax", search_method::minmax}});
+  command.add_option("--steps", o.layer.search.steps, "steps of the grid search")
+      ->capture_default_str();
   command.add_option("--norm", o.layer.search.norm, "p of the grid search's error |w - Q(w)|^p")
       ->capture_default_str();
-  command.add_option("--damping", o.layer.damping.damping, "of the Hessian, as a fraction of its mean diagonal")
+  command
+      .add_option("--damping", o.layer.damping.damping,
+                  "of the Hessian, as a fraction of its mean diagonal")
       ->capture_default_str();
   command.add_flag("--robust-damping", o.layer.damping.robust_mean,
                    "leave the weak columns out of that mean");
-  add_choice<qeft::selection_metric>(command, "--selection", o.selection,
-                               "sensitivity that ranks columns",
-                               {{"hessian", qeft::selection_metric::hessian},
-                                {"hessian_perturbation", qeft::selection_metric::hessian_perturbation},
-                                {"gradient", qeft::selection_metric::gradient}});
+  add_choice<qeft::selection_metric>(
+      command, "--selection", o.selection, "sensitivity that ranks columns",
+      {{"hessian", qeft::selection_metric::hessian},
+       {"hessian_perturbation", qeft::selection_metric::hessian_perturbation},
+       {"gradient", qeft::selection_metric::gradient}});
   add_choice<qeft::accumulation>(
       command, "--accumulation", o.accumulation,
       "global selection adds a layer's top-k (paper) or all columns (reference)",
@@ -121,9 +125,11 @@ void add_quantize(CLI::App& command, quantize_options& o, std::string& device) {
                    "quantise columns by falling Hessian diagonal (implies --static-groups)");
   command.add_flag("--static-groups", o.layer.static_groups,
                    "group parameters from the weights before any compensation");
-  command.add_flag("--compare-rtn", o.compare_rtn, "also find each layer's error under RTN, for inspect");
-  command.add_flag("--keep-partial", o.keep_partial,
-                   "when interrupted, keep the finished layers; the same command goes on with them");
+  command.add_flag("--compare-rtn", o.compare_rtn,
+                   "also find each layer's error under RTN, for inspect");
+  command.add_flag(
+      "--keep-partial", o.keep_partial,
+      "when interrupted, keep the finished layers; the same command goes on with them");
   command.add_flag("--json", o.json, "print a JSON object that describes the result");
 }
 
@@ -149,8 +155,9 @@ int main(int argc, char** argv) {
   auto* prompt = generate_command->add_option_group("prompt", "one of");
   prompt->add_option("--prompt", generate.prompt, "text to continue; - reads the standard input");
   prompt->add_option("--prompt-file", generate.prompt_file, "file of the text to continue");
-  prompt->add_option("--messages", generate.messages,
-                     "conversation to answer: JSON file of [{\"role\": ..., \"content\": ...}, ...]");
+  prompt->add_option(
+      "--messages", generate.messages,
+      "conversation to answer: JSON file of [{\"role\": ..., \"content\": ...}, ...]");
   prompt->require_option(1);
   generate_command->add_flag("--chat", generate.chat,
                              "the prompt is what a user says: put into the model's chat template");
@@ -163,7 +170,8 @@ int main(int argc, char** argv) {
   generate_command->add_option("--temperature", generate.sampling.temperature, "0 is greedy")
       ->capture_default_str();
   generate_command
-      ->add_option("--top-k", generate.sampling.top_k, "draw from the k most probable tokens, 0 for all")
+      ->add_option("--top-k", generate.sampling.top_k,
+                   "draw from the k most probable tokens, 0 for all")
       ->capture_default_str();
   generate_command
       ->add_option("--top-p", generate.sampling.top_p,
@@ -173,7 +181,8 @@ int main(int argc, char** argv) {
       ->add_option("--repetition-penalty", generate.sampling.repetition_penalty,
                    "makes tokens seen before less probable when above 1")
       ->capture_default_str();
-  generate_command->add_option("--seed", generate.sampling.seed, "of the draw, when temperature > 0")
+  generate_command
+      ->add_option("--seed", generate.sampling.seed, "of the draw, when temperature > 0")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   generate_command->add_flag("--ignore-eos", generate.ignore_eos,

@@ -16,8 +16,11 @@ std::string minutes(double seconds) {
 }
 
 progress::progress(std::string label, qeft::index_t total)
-    : label_(std::move(label)), total_(total), terminal_(::isatty(STDERR_FILENO) == 1),
-      start_(clock::now()), shown_(start_) {
+    : label_(std::move(label)),
+      total_(total),
+      terminal_(::isatty(STDERR_FILENO) == 1),
+      start_(clock::now()),
+      shown_(start_) {
   if (terminal_) show();
 }
 
@@ -37,10 +40,8 @@ void progress::advance(qeft::index_t steps) {
 
 void progress::show() {
   const double seconds = std::chrono::duration<double>(clock::now() - start_).count();
-  const double part =
-      total_ == 0 ? 1.0 : static_cast<double>(done_) / static_cast<double>(total_);
-  const std::string left =
-      done_ == 0 ? "" : ", " + minutes(seconds / part * (1 - part)) + " left";
+  const double part = total_ == 0 ? 1.0 : static_cast<double>(done_) / static_cast<double>(total_);
+  const std::string left = done_ == 0 ? "" : ", " + minutes(seconds / part * (1 - part)) + " left";
   const int percent = static_cast<int>(100 * part);
   if (terminal_) {
     constexpr int width = 30;

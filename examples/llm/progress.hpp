@@ -18,8 +18,8 @@ class progress {
   progress(const progress&) = delete;
   progress& operator=(const progress&) = delete;
 
-  /// `steps` more are done; shows at most ten updates a second on a terminal, one line in five seconds
-  /// elsewhere.
+  /// `steps` more are done; shows at most ten updates a second on a terminal, one line in five
+  /// seconds elsewhere.
   void advance(qeft::index_t steps = 1);
 
  private:

@@ -63,17 +63,17 @@ int sampler::next(std::vector<float>& logits) {
     const auto kth = candidates.begin() + static_cast<std::ptrdiff_t>(k - 1);
     std::nth_element(candidates.begin(), kth, candidates.end());
     const float least = kth->first;
-    candidates.erase(std::remove_if(kth + 1, candidates.end(),
-                                    [&](const auto& c) { return c.first > least; }),
-                     candidates.end());
+    candidates.erase(
+        std::remove_if(kth + 1, candidates.end(), [&](const auto& c) { return c.first > least; }),
+        candidates.end());
   }
   if (options_.top_p < 1) std::sort(candidates.begin(), candidates.end());
   const auto highest = static_cast<double>(*largest);
   std::vector<double> weights;
   double total = 0;
   for (const auto& [negative, token] : candidates) {
-    const double x = (-static_cast<double>(negative) - highest) /
-                     static_cast<double>(options_.temperature);
+    const double x =
+        (-static_cast<double>(negative) - highest) / static_cast<double>(options_.temperature);
     weights.push_back(std::exp(x));
     total += weights.back();
   }

@@ -12,10 +12,11 @@ namespace qeft_llm {
 
 /// As `transformers` has them, and applied in its order: penalty, temperature, top-k, top-p.
 struct sampling_options {
-  float temperature = 0;          // 0 takes the largest logit
-  qeft::index_t top_k = 0;        // draw from the k largest logits (and those equal to the k-th); 0: all
-  float top_p = 1;                // draw from the fewest tokens that have this probability together
-  float repetition_penalty = 1;   // logits of tokens seen: divided by it when positive, else multiplied
+  float temperature = 0;    // 0 takes the largest logit
+  qeft::index_t top_k = 0;  // draw from the k largest logits (and those equal to the k-th); 0: all
+  float top_p = 1;          // draw from the fewest tokens that have this probability together
+  float repetition_penalty =
+      1;  // logits of tokens seen: divided by it when positive, else multiplied
   std::uint64_t seed = 0;
 };
 

@@ -49,9 +49,8 @@ struct mapping_value {
 };
 
 /// Lists and mappings are shared, as in Python.
-struct template_value
-    : std::variant<undefined_value, none_value, bool, long long, marked_text,
-                   std::shared_ptr<value_list>, mapping_value> {
+struct template_value : std::variant<undefined_value, none_value, bool, long long, marked_text,
+                                     std::shared_ptr<value_list>, mapping_value> {
   using variant::variant;
 };
 

@@ -12,8 +12,9 @@ namespace qeft_llm {
 
 class tokenizer;
 
-/// Windows of `seq_len` tokens, each the tokenizer's prefix and then the next part of the text: they
-/// tile the text, less an incomplete last one. Special tokens written in the text are plain text.
+/// Windows of `seq_len` tokens, each the tokenizer's prefix and then the next part of the text:
+/// they tile the text, less an incomplete last one. Special tokens written in the text are plain
+/// text.
 /// @throws qeft::error when the file cannot be read, seq_len leaves no room for text, or the text
 /// fills fewer than `least` windows
 std::vector<std::vector<int>> text_windows(const tokenizer& tok, const std::string& file,

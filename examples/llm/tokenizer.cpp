@@ -145,7 +145,7 @@ class encoder {
   const tokenizer_tables& t_;
   std::vector<regex::matcher> matchers_;
   std::deque<std::string> kept_;
-  std::size_t left_ = 0;  // bytes that kept_ may grow by
+  std::size_t left_ = 0;         // bytes that kept_ may grow by
   const char* start_ = nullptr;  // of the text, or what the pre-tokenizer made of it
   std::vector<std::string_view> pieces_;
   std::vector<std::string_view> finer_;
@@ -165,9 +165,8 @@ std::vector<int> tokenizer::encode(std::string_view utf8, bool parse_special) co
 std::vector<int> tokenizer::encode_marked(std::string_view utf8, std::string_view marks) const {
   check_size(utf8);
   if (utf8.size() != marks.size()) {
-    fail(errc::invalid_argument, "tokenizer::encode: the text has " +
-                                     std::to_string(utf8.size()) + " bytes, but " +
-                                     std::to_string(marks.size()) + " marks");
+    fail(errc::invalid_argument, "tokenizer::encode: the text has " + std::to_string(utf8.size()) +
+                                     " bytes, but " + std::to_string(marks.size()) + " marks");
   }
   // What is repaired has another length, run by run of equal marks.
   std::string text;

@@ -334,8 +334,7 @@ class vocabulary_reader {
 
   void read_vocabulary() {
     const node vocabulary = model_.at("vocab");
-    id_limit_ =
-        static_cast<long long>(2 * (vocabulary.object().size() + added_.size())) + 65536;
+    id_limit_ = static_cast<long long>(2 * (vocabulary.object().size() + added_.size())) + 65536;
     for (const auto& [token, id] : vocabulary.object().items()) {
       if (!id.is_number_integer()) vocabulary.at(token).integer();  // says so
       claim(token, id.get<long long>());
@@ -468,8 +467,8 @@ class vocabulary_reader {
       token.id = t_.ids.at(token.content);
       largest_added_id_ = std::max<long long>(largest_added_id_, token.id);
       if (token.id != said && renumbered.empty()) {
-        renumbered = token.content + " is " + std::to_string(token.id) + ", not " +
-                     std::to_string(said);
+        renumbered =
+            token.content + " is " + std::to_string(token.id) + ", not " + std::to_string(said);
       }
       // Of a token listed twice the later options count.
       const auto [found, is_new] = place.try_emplace(token.id, tokens.size());
@@ -480,10 +479,11 @@ class vocabulary_reader {
     t_.added.finish();
     t_.added_normalized.finish();
     if (!renumbered.empty()) {
-      std::fprintf(stderr,
-                   "notice: added tokens of tokenizer.json are numbered as `tokenizers` does it, not "
-                   "as the file says: %s\n",
-                   renumbered.c_str());
+      std::fprintf(
+          stderr,
+          "notice: added tokens of tokenizer.json are numbered as `tokenizers` does it, not "
+          "as the file says: %s\n",
+          renumbered.c_str());
     }
   }
 

@@ -75,8 +75,8 @@ struct tokenizer_tables {
 std::string replaced(std::string_view text, std::string_view from, std::string_view to,
                      std::size_t limit);
 
-/// Throws qeft::error when `size` is above `limit`: the steps of a tokenizer.json make a text of any
-/// size out of a few bytes.
+/// Throws qeft::error when `size` is above `limit`: the steps of a tokenizer.json make a text of
+/// any size out of a few bytes.
 void check_growth(std::size_t size, std::size_t limit);
 
 }  // namespace qeft_llm

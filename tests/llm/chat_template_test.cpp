@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Chat templates against jinja2 (chat_templates.py), the templates of published models word for word,
-// and what must be refused.
+// Chat templates against jinja2 (chat_templates.py), the templates of published models word for
+// word, and what must be refused.
 #include "chat_template.hpp"
 
 #include <array>
@@ -22,8 +22,8 @@ namespace {
 
 const std::map<std::string, std::string> tokens = {{"bos_token", "<s>"}, {"eos_token", "</s>"}};
 const std::vector<chat_message> hello = {{"user", "hi"}};
-const std::vector<chat_message> talk = {{"system", " Be brief. "}, {"user", "a"},
-                                        {"assistant", "b "},       {"user", " c"}};
+const std::vector<chat_message> talk = {
+    {"system", " Be brief. "}, {"user", "a"}, {"assistant", "b "}, {"user", " c"}};
 
 std::string published(const std::string& name) {
   return read_all(std::filesystem::path(QEFT_CHAT_TEMPLATES) / (name + ".jinja"));
@@ -77,9 +77,12 @@ TEST_CASE("templates of published models") {
         "<|system|>\n Be brief. </s>\n<|user|>\na</s>\n<|assistant|>\nb </s>\n<|user|>\n c</s>\n"
         "<|assistant|>\n");
   CHECK(throws_with(errc::invalid_argument, {"refuses these messages", "Only user and assistant"},
-                    [] { rendered(published("mistral"), {{"tool", "a"}, {"tool", "b"}}); }) !=
-        throws_with(errc::invalid_argument, {"refuses these messages", "must alternate"},
-                    [] { rendered(published("mistral"), {{"tool", "a"}, {"tool", "b"}}); }));
+                    [] {
+                      rendered(published("mistral"), {{"tool", "a"}, {"tool", "b"}});
+                    }) !=
+        throws_with(errc::invalid_argument, {"refuses these messages", "must alternate"}, [] {
+          rendered(published("mistral"), {{"tool", "a"}, {"tool", "b"}});
+        }));
 }
 
 TEST_CASE("templates give what jinja2 gives", "[data]") {
@@ -90,7 +93,8 @@ TEST_CASE("templates give what jinja2 gives", "[data]") {
   const char* seed = std::getenv("QEFT_CHAT_SEED");
   const json cases =
       json::parse(output_of("python3 -B '" QEFT_CHAT_TEMPLATES "/../chat_templates.py' --cases 600 "
-                            "--seed " + std::string(seed == nullptr ? "1" : seed)));
+                            "--seed " +
+                            std::string(seed == nullptr ? "1" : seed)));
   sweep all("cases of jinja2");
   for (const json& c : cases) {
     all.ran();
@@ -110,9 +114,10 @@ TEST_CASE("templates give what jinja2 gives", "[data]") {
 
 TEST_CASE("what a message says is marked, whatever the template does with it") {
   const marked_text t =
-      chat_template("<{{ messages[0].content | trim | upper }}>{{ messages[0].content | tojson }}"
-                    "{{ (messages[0].content ~ '<e>').replace('b', '<b>') }}",
-                    "test")
+      chat_template(
+          "<{{ messages[0].content | trim | upper }}>{{ messages[0].content | tojson }}"
+          "{{ (messages[0].content ~ '<e>').replace('b', '<b>') }}",
+          "test")
           .render({{"user", " ab "}}, {});
   CHECK(t.text == "<AB>\" ab \" a<b> <e>");
   std::string marks;

@@ -200,7 +200,9 @@ TEST_CASE("which layers of a Qwen2 have a window", "[llm]") {
                windows({{"layer_types", types}, {"use_sliding_window", false}});
              }).message,
              contains("layer_types"));
-  CHECK_THAT(catch_error([&] { windows({{"layer_types", {"full_attention"}}}); }).message,
+  CHECK_THAT(catch_error([&] {
+               windows({{"layer_types", {"full_attention"}}});
+             }).message,
              contains("a list of num_hidden_layers = 4 types"));
   json other = types;
   other[1] = "linear_attention";

@@ -208,7 +208,8 @@ TEST_CASE("sequences that do not fit and unknown tokens are refused", "[llm]") {
   CHECK_THROWS_AS(model.forward({-1}), qeft::error);
 }
 
-TEST_CASE("F32 tensors become FP16 or BF16, by which loses less, and the loss is counted", "[llm]") {
+TEST_CASE("F32 tensors become FP16 or BF16, by which loses less, and the loss is counted",
+          "[llm]") {
   const auto read = [](std::vector<float> x, rounding_summary& summary) {
     const auto columns = static_cast<index_t>(x.size()) / 2;
     const qeft::io::tensor_view t{"w", dtype::f32, {2, columns}, qeft::io::as_bytes(x)};
@@ -239,8 +240,8 @@ TEST_CASE("F32 tensors become FP16 or BF16, by which loses less, and the loss is
     return catch_error([&] { read(x, unused); }).message;
   };
   CHECK(message({1, 2, 1, std::nanf("")}) == "tensor w, element 3: not finite");
-  CHECK_THAT(message({1, 3.4e38F}), contains("tensor w, element 1: 339") &&
-                                        contains("overflows FP16 and BF16"));
+  CHECK_THAT(message({1, 3.4e38F}),
+             contains("tensor w, element 1: 339") && contains("overflows FP16 and BF16"));
 }
 
 TEST_CASE("logits that are not finite are an error that names where they come from", "[llm]") {

@@ -91,7 +91,7 @@ void reference_model::rotate(rows& x) const {
 }
 
 reference_model::rows reference_model::attention(const rows& x, const std::string& block,
-                                                  index_t layer) const {
+                                                 index_t layer) const {
   rows q = linear(x, block + "q_proj");
   rows k = linear(x, block + "k_proj");
   const rows v = linear(x, block + "v_proj");

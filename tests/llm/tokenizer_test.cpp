@@ -333,9 +333,8 @@ TEST_CASE("finding added tokens equals the slow definition") {
 TEST_CASE("time to find added tokens does not depend on their number or length") {
   json document = small_document();
   for (int i = 0; i < 20000; ++i) {
-    document["added_tokens"].push_back({{"id", 263 + i},
-                                        {"content", "<<<<<<<<" + std::to_string(i)},
-                                        {"special", false}});
+    document["added_tokens"].push_back(
+        {{"id", 263 + i}, {"content", "<<<<<<<<" + std::to_string(i)}, {"special", false}});
   }
   document["added_tokens"].push_back(
       {{"id", 20263}, {"content", std::string(100000, '<') + "!"}, {"special", false}});

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A layout as a user would write one, unlike the library's own in every respect: tiles of 16 x 64 in
-// the order of tensor-core fragments, zero points beside their scales, padded groups, and weak columns
-// padded to 16 so that k % 16 != 0 leaves holes.
+// A layout as a user would write one, unlike the library's own in every respect: tiles of 16 x 64
+// in the order of tensor-core fragments, zero points beside their scales, padded groups, and weak
+// columns padded to 16 so that k % 16 != 0 leaves holes.
 #pragma once
 
 #include "qeft/layout/extent.hpp"
@@ -40,7 +40,8 @@ struct interleaved_layout {
     return {lane * width + bit / 32, bit % 32};
   }
 
-  // (scale, zero) pairs of 16 bits, 16 rows of a group side by side, groups padded to an even number.
+  // (scale, zero) pairs of 16 bits, 16 rows of a group side by side, groups padded to an even
+  // number.
   static constexpr index_t scale_count(const extent& e) {
     return row_tiles(e) * qeft::round_up(e.groups, 2) * 32;
   }

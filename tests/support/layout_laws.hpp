@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The laws of layout/extent.hpp, for any layout: every place lies inside the storage that the layout
-// declares, and no two things share one.
+// The laws of layout/extent.hpp, for any layout: every place lies inside the storage that the
+// layout declares, and no two things share one.
 #pragma once
 
 #include <vector>
@@ -80,8 +80,8 @@ void check_layout_laws() {
   for (const qeft::index_t oc : {1, 2, 31, 32, 33, 97}) {
     for (const qeft::index_t dense : {0, 1, 15, 17, 32, 33, 64, 129, 560}) {
       for (const qeft::index_t weak : {0, 1, 16, 20, 33}) {
-        for (const auto zero : {qeft::zero_kind::symmetric, qeft::zero_kind::integer,
-                                qeft::zero_kind::scaled}) {
+        for (const auto zero :
+             {qeft::zero_kind::symmetric, qeft::zero_kind::integer, qeft::zero_kind::scaled}) {
           const qeft::layout::extent e{oc, dense, qeft::ceil_div(dense, 32), weak, zero};
           check_layout_laws<Layout, 2>(e);
           check_layout_laws<Layout, 3>(e);

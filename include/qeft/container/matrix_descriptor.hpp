@@ -99,8 +99,8 @@ inline status validate(const matrix_descriptor& d) {
   // Sizes stay far below overflow, so that no later product needs a check; weak indices are 32-bit.
   constexpr index_t max_channels = index_t{1} << 30;
   const auto broken = [](const char* field, auto value, const auto&... rule) {
-    return status(errc::invalid_argument, text("matrix_descriptor: ", field, " is ", value,
-                                               ", but must be ", rule...));
+    return status(errc::invalid_argument,
+                  text("matrix_descriptor: ", field, " is ", value, ", but must be ", rule...));
   };
   if (d.out_channels < 1 || d.out_channels > max_channels) {
     return broken("out_channels", d.out_channels, "in [1, 2^30]");

@@ -12,8 +12,8 @@
 
 namespace qeft {
 
-/// Scale and zero point of a group as stored: bits of the scalar type, and the integer zero point or
-/// the bits of the scaled one (0 for symmetric formats).
+/// Scale and zero point of a group as stored: bits of the scalar type, and the integer zero point
+/// or the bits of the scaled one (0 for symmetric formats).
 struct stored_params {
   std::uint16_t scale_bits;
   unsigned zero;
@@ -40,8 +40,7 @@ inline void check_index(span<const std::int32_t> of_matrix, const std::int32_t* 
   if (of_weak == of_matrix.data()) return;
   for (index_t j = 0; j < of_matrix.size(); ++j) {
     if (of_weak != nullptr && of_weak[j] == of_matrix[j]) continue;
-    const std::string what =
-        of_weak == nullptr ? "is null" : text("holds ", of_weak[j], " at ", j);
+    const std::string what = of_weak == nullptr ? "is null" : text("holds ", of_weak[j], " at ", j);
     fail(errc::invalid_argument, text("quantized_matrix::view: index of Weak ", what,
                                       ", but the matrix has column ", of_matrix[j], " there"));
   }
@@ -114,9 +113,9 @@ void visit_views(const Matrix& m, Visitor& visitor) {
   visit_format<Formats>(m.descriptor(), [&](auto format) {
     visit_weak(m.descriptor(), m.weak_index().data(), [&](auto weak) {
       visitor(make_view<decltype(format), typename Matrix::layout_type,
-                        typename Matrix::memory_type::space>(
-          m.descriptor(), weak, m.codes().data(), m.scales().data(), m.zeros().data(),
-          m.weak().data()));
+                        typename Matrix::memory_type::space>(m.descriptor(), weak, m.codes().data(),
+                                                             m.scales().data(), m.zeros().data(),
+                                                             m.weak().data()));
     });
   });
 }
@@ -133,8 +132,9 @@ inline void check_new_matrix(const matrix_descriptor& d, span<const std::int32_t
 }  // namespace QEFT_TARGET
 
 /// Owns codes, group parameters, weak columns and (for `indexed`) their index; nothing twice. All
-/// bytes start as zero and padding stays zero, so equal layers have equal bytes. What was moved from
-/// is like a new one made without arguments: no channels, no bytes, and refused by every product.
+/// bytes start as zero and padding stays zero, so equal layers have equal bytes. What was moved
+/// from is like a new one made without arguments: no channels, no bytes, and refused by every
+/// product.
 ///
 /// @tparam Layout where everything lies (layout/extent.hpp)
 /// @tparam Memory a memory policy (core/buffer.hpp). Views carry its space, so that the host cannot
@@ -201,8 +201,8 @@ class quantized_matrix {
   /// The weak input columns of `indexed`, in the memory of the matrix.
   QEFT_ALWAYS_INLINE span<const std::int32_t> weak_index() const noexcept { return weak_index_; }
 
-  /// Raw bytes in the memory of the matrix, placed by Layout: 32-bit code words; 16-bit scales; zero
-  /// points as 32-bit words or 16-bit scalars; 16-bit weak columns.
+  /// Raw bytes in the memory of the matrix, placed by Layout: 32-bit code words; 16-bit scales;
+  /// zero points as 32-bit words or 16-bit scalars; 16-bit weak columns.
   QEFT_ALWAYS_INLINE span<std::byte> codes() noexcept { return codes_; }
   QEFT_ALWAYS_INLINE span<std::byte> scales() noexcept { return scales_; }
   QEFT_ALWAYS_INLINE span<std::byte> zeros() noexcept {

@@ -67,8 +67,8 @@ QEFT_HOST_DEVICE constexpr unsigned read_code(const quantized_matrix_view<F, W, 
 
 /// Scale and zero of output channel n and group g.
 template <class F, class W, class L, class M>
-QEFT_HOST_DEVICE group_params read_params(const quantized_matrix_view<F, W, L, M>& w,
-                                                 index_t n, index_t g) noexcept {
+QEFT_HOST_DEVICE group_params read_params(const quantized_matrix_view<F, W, L, M>& w, index_t n,
+                                          index_t g) noexcept {
   const layout::extent e = w.extent();
   const float scale = to_float(w.scales[L::scale_index(e, n, g)]);
   if constexpr (F::zero == zero_kind::symmetric) {
@@ -84,21 +84,21 @@ QEFT_HOST_DEVICE group_params read_params(const quantized_matrix_view<F, W, L, M
 /// The weight of output channel n and dense column i.
 template <class F, class W, class L, class M>
 QEFT_HOST_DEVICE float dense_weight(const quantized_matrix_view<F, W, L, M>& w, index_t n,
-                                           index_t i) noexcept {
+                                    index_t i) noexcept {
   return dequantize_code<F>(read_code(w, n, i), read_params(w, n, w.group_of(i)));
 }
 
 /// The weight of output channel n and weak column j.
 template <class F, class W, class L, class M>
 QEFT_HOST_DEVICE float weak_weight(const quantized_matrix_view<F, W, L, M>& w, index_t n,
-                                          index_t j) noexcept {
+                                   index_t j) noexcept {
   return to_float(w.weak_values[L::weak_index(w.extent(), n, j)]);
 }
 
 /// W[n, column] for an input column in [0, IC): the definition of the whole format.
 template <class F, class W, class L, class M>
 QEFT_HOST_DEVICE float dequantize(const quantized_matrix_view<F, W, L, M>& w, index_t n,
-                                         index_t column) noexcept {
+                                  index_t column) noexcept {
   const column_location at = w.weak.locate(column, w.in_channels);
   return at.is_weak ? weak_weight(w, n, at.index) : dense_weight(w, n, at.index);
 }

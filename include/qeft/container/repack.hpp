@@ -11,8 +11,9 @@ namespace qeft {
 inline namespace QEFT_TARGET {
 namespace detail {
 
-/// Moves 32 dense codes of row n from column k, a multiple of 32, in `words` of a layout, to and from
-/// a block: `Bits` words that hold them as a packed_array of their own. Code by code, for any layout.
+/// Moves 32 dense codes of row n from column k, a multiple of 32, in `words` of a layout, to and
+/// from a block: `Bits` words that hold them as a packed_array of their own. Code by code, for any
+/// layout.
 template <class Layout>
 struct block_access {
   template <int Bits>
@@ -78,8 +79,8 @@ struct block_access<layout::row_packed> {
   }
 };
 
-/// A row of a tile of simd_tile holds the words of a block at a distance, those of a 1-bit plane with
-/// its two halves interleaved.
+/// A row of a tile of simd_tile holds the words of a block at a distance, those of a 1-bit plane
+/// with its two halves interleaved.
 template <>
 struct block_access<layout::simd_tile> {
   using layout_type = layout::simd_tile;
@@ -141,7 +142,8 @@ inline constexpr index_t rows_apart = Layout::rows < 32 ? 32 : Layout::rows;
 template <class To, class From, class Memory>
 quantized_matrix<To, Memory> repack(const on_host& exec,
                                     const quantized_matrix<From, Memory>& from) {
-  static_assert(is_host_accessible_v<Memory>, "qeft::repack(on_host): the matrix must be in host memory");
+  static_assert(is_host_accessible_v<Memory>,
+                "qeft::repack(on_host): the matrix must be in host memory");
   const matrix_descriptor& d = from.descriptor();
   if (d.out_channels == 0) return {};  // made without arguments, or moved from
   quantized_matrix<To, Memory> to(d, from.weak_index(), from.memory());

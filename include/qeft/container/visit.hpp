@@ -115,8 +115,8 @@ void visit_bits_in(int bits, Visitor&& visitor, width_list<Bits...>) {
     return true;
   };
   if (!(attempt(std::integral_constant<int, Bits>{}) || ...)) {
-    fail(errc::invalid_argument, text("visit_bits: bits is ", bits, ", but must be ",
-                                      list_of(width_list<Bits...>{})));
+    fail(errc::invalid_argument,
+         text("visit_bits: bits is ", bits, ", but must be ", list_of(width_list<Bits...>{})));
   }
 }
 

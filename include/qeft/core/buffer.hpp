@@ -27,8 +27,7 @@ namespace qeft {
 
 /// Whether the host may dereference what a memory policy allocates.
 template <class Memory>
-inline constexpr bool is_host_accessible_v =
-    std::is_same_v<typename Memory::space, host_memory>;
+inline constexpr bool is_host_accessible_v = std::is_same_v<typename Memory::space, host_memory>;
 
 /// The operations of a memory policy: its members. Specialised for device_memory.
 template <class Memory>
@@ -142,8 +141,8 @@ class buffer {
     if (static_cast<std::uint64_t>(size) > static_cast<std::size_t>(-1) / sizeof(T)) {
       throw std::bad_alloc();
     }
-    data_ = static_cast<T*>(
-        operations::allocate(memory_, static_cast<std::size_t>(size) * sizeof(T)));
+    data_ =
+        static_cast<T*>(operations::allocate(memory_, static_cast<std::size_t>(size) * sizeof(T)));
     size_ = size;
   }
 

@@ -11,8 +11,8 @@ QEFT_HOST_DEVICE constexpr index_t ceil_div(index_t a, index_t b) noexcept {
   return a / b + (a % b != 0 ? 1 : 0);
 }
 
-/// a / b for a in [0, 2^31) and b in [1, 2^31), in 32 bits: dividing 64-bit numbers takes a GPU, and
-/// many a CPU, several times as long.
+/// a / b for a in [0, 2^31) and b in [1, 2^31), in 32 bits: dividing 64-bit numbers takes a GPU,
+/// and many a CPU, several times as long.
 QEFT_HOST_DEVICE constexpr index_t quotient(index_t a, index_t b) noexcept {
   return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
 }

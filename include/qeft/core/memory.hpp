@@ -11,8 +11,8 @@
 
 namespace qeft {
 
-/// Where a view's pointers may be dereferenced, and where an owner gets its memory (see buffer.hpp).
-/// A wrong space is a compile error.
+/// Where a view's pointers may be dereferenced, and where an owner gets its memory (see
+/// buffer.hpp). A wrong space is a compile error.
 struct host_memory {
   using space = host_memory;
   static constexpr std::size_t alignment = 64;  // cache lines: SIMD tiles never straddle them

@@ -176,7 +176,8 @@ status supports_gemm(const Executor&, const quantized_matrix_view<F, W, L>& w, c
 }
 
 /// supports_gemm of a layer whose format is known at run time, all but whether that is built in.
-template <class Executor, class L, class M, class X, class Y, class = cpu::detail::if_host<Executor>>
+template <class Executor, class L, class M, class X, class Y,
+          class = cpu::detail::if_host<Executor>>
 status supports_gemm(const Executor&, const quantized_matrix<L, M>& w, const X* x, index_t tokens,
                      const Y* y) {
   static_assert(is_host_accessible_v<M>, "qeft::gemm: the matrix must be in host memory");

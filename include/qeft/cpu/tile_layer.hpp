@@ -25,15 +25,17 @@ struct tile_layer {
 
 template <class F, class W>
 tile_layer make_tile_layer(const quantized_matrix_view<F, W, layout::simd_tile>& w) {
-  return {w.extent(), w.columns_per_group, F::zero, scalar_kind_of<typename F::scalar_type>::value,
-          w.codes,    w.scales,       w.zeros, w.weak_values};
+  return {w.extent(), w.columns_per_group,
+          F::zero,    scalar_kind_of<typename F::scalar_type>::value,
+          w.codes,    w.scales,
+          w.zeros,    w.weak_values};
 }
 
 template <class M>
 tile_layer make_tile_layer(const quantized_matrix<layout::simd_tile, M>& w) {
   const matrix_descriptor& d = w.descriptor();
-  return {d.extent(),           d.columns_per_group(), d.zero,           d.scalar, w.code_words(),
-          w.scales().data(),    w.zeros().data(),      w.weak().data()};
+  return {d.extent(),     d.columns_per_group(), d.zero,           d.scalar,
+          w.code_words(), w.scales().data(),     w.zeros().data(), w.weak().data()};
 }
 
 /// body(pointer to the layer's scalar type)
@@ -72,8 +74,7 @@ group_lanes<Isa> load_group(const tile_layer& w, index_t tile, index_t group) {
 
   const auto* words = static_cast<const std::uint32_t*>(w.zeros);
   const auto plane = [&](int p) {
-    return words +
-           layout::simd_tile::locate_zero<Bits>(w.extent, p, tile * tile_rows, group).word;
+    return words + layout::simd_tile::locate_zero<Bits>(w.extent, p, tile * tile_rows, group).word;
   };
   auto zero = rows::template unpack<planes::width(0)>(plane(0), 0);
   if constexpr (planes::count == 2) {

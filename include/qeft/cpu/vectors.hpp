@@ -19,8 +19,8 @@ using c_array = T[static_cast<std::size_t>(N)];
 template <class Isa, int N, class Indices = std::make_integer_sequence<int, N>>
 struct vectors;
 
-template <class Isa, int N, int... I>
-struct vectors<Isa, N, std::integer_sequence<int, I...>> {
+template <class Isa, int N, int... At>
+struct vectors<Isa, N, std::integer_sequence<int, At...>> {
   static constexpr int lanes = N * Isa::lanes;
   using same = typename Isa::floats;
 
@@ -31,12 +31,12 @@ struct vectors<Isa, N, std::integer_sequence<int, I...>> {
     c_array<typename Isa::words, N> v;
 
     friend QEFT_ALWAYS_INLINE words operator&(words a, std::uint32_t b) {
-      return {{a.v[I] & b...}};
+      return {{a.v[At] & b...}};
     }
-    friend QEFT_ALWAYS_INLINE words operator|(words a, words b) { return {{a.v[I] | b.v[I]...}}; }
-    friend QEFT_ALWAYS_INLINE words operator<<(words a, int b) { return {{a.v[I] << b...}}; }
-    friend QEFT_ALWAYS_INLINE words operator>>(words a, int b) { return {{a.v[I] >> b...}}; }
-    friend QEFT_ALWAYS_INLINE words operator+(words a, words b) { return {{a.v[I] + b.v[I]...}}; }
+    friend QEFT_ALWAYS_INLINE words operator|(words a, words b) { return {{a.v[At] | b.v[At]...}}; }
+    friend QEFT_ALWAYS_INLINE words operator<<(words a, int b) { return {{a.v[At] << b...}}; }
+    friend QEFT_ALWAYS_INLINE words operator>>(words a, int b) { return {{a.v[At] >> b...}}; }
+    friend QEFT_ALWAYS_INLINE words operator+(words a, words b) { return {{a.v[At] + b.v[At]...}}; }
   };
   struct byte_sums {
     c_array<typename Isa::byte_sums, N> v;
@@ -44,52 +44,52 @@ struct vectors<Isa, N, std::integer_sequence<int, I...>> {
 
   template <class T>
   QEFT_ALWAYS_INLINE static floats load(const T* p) {
-    return {{Isa::load(p + I * Isa::lanes)...}};
+    return {{Isa::load(p + At * Isa::lanes)...}};
   }
   QEFT_ALWAYS_INLINE static words load(const std::uint32_t* p) {
-    return {{Isa::load(p + I * Isa::lanes)...}};
+    return {{Isa::load(p + At * Isa::lanes)...}};
   }
   template <class T>
   QEFT_ALWAYS_INLINE static void store(T* p, const floats& a) {
-    (Isa::store(p + I * Isa::lanes, a.v[I]), ...);
+    (Isa::store(p + At * Isa::lanes, a.v[At]), ...);
   }
   QEFT_ALWAYS_INLINE static void store(std::uint32_t* p, const words& a) {
-    (Isa::store(p + I * Isa::lanes, a.v[I]), ...);
+    (Isa::store(p + At * Isa::lanes, a.v[At]), ...);
   }
-  QEFT_ALWAYS_INLINE static floats zero() { return {{(static_cast<void>(I), Isa::zero())...}}; }
+  QEFT_ALWAYS_INLINE static floats zero() { return {{(static_cast<void>(At), Isa::zero())...}}; }
   QEFT_ALWAYS_INLINE static floats fma(const floats& a, same b, const floats& c) {
-    return {{Isa::fma(a.v[I], b, c.v[I])...}};
+    return {{Isa::fma(a.v[At], b, c.v[At])...}};
   }
   QEFT_ALWAYS_INLINE static floats fma(const floats& a, const floats& b, const floats& c) {
-    return {{Isa::fma(a.v[I], b.v[I], c.v[I])...}};
+    return {{Isa::fma(a.v[At], b.v[At], c.v[At])...}};
   }
   QEFT_ALWAYS_INLINE static floats mul(const floats& a, same b) {
-    return {{Isa::mul(a.v[I], b)...}};
+    return {{Isa::mul(a.v[At], b)...}};
   }
   QEFT_ALWAYS_INLINE static floats mul(const floats& a, const floats& b) {
-    return {{Isa::mul(a.v[I], b.v[I])...}};
+    return {{Isa::mul(a.v[At], b.v[At])...}};
   }
   QEFT_ALWAYS_INLINE static floats add(const floats& a, const floats& b) {
-    return {{Isa::add(a.v[I], b.v[I])...}};
+    return {{Isa::add(a.v[At], b.v[At])...}};
   }
   QEFT_ALWAYS_INLINE static floats to_floats(const words& a) {
-    return {{Isa::to_floats(a.v[I])...}};
+    return {{Isa::to_floats(a.v[At])...}};
   }
   template <int Width>
   QEFT_ALWAYS_INLINE static words unpack(const std::uint32_t* p, index_t first) {
-    return {{Isa::template unpack<Width>(p, first + I * Isa::lanes)...}};
+    return {{Isa::template unpack<Width>(p, first + At * Isa::lanes)...}};
   }
   QEFT_ALWAYS_INLINE static words zero_words() {
-    return {{(static_cast<void>(I), Isa::zero_words())...}};
+    return {{(static_cast<void>(At), Isa::zero_words())...}};
   }
   QEFT_ALWAYS_INLINE static byte_sums zero_sums() {
-    return {{(static_cast<void>(I), Isa::zero_sums())...}};
+    return {{(static_cast<void>(At), Isa::zero_sums())...}};
   }
   QEFT_ALWAYS_INLINE static byte_sums multiply_add(const byte_sums& s, const words& codes,
                                                    typename Isa::words x) {
-    return {{Isa::multiply_add(s.v[I], codes.v[I], x)...}};
+    return {{Isa::multiply_add(s.v[At], codes.v[At], x)...}};
   }
-  QEFT_ALWAYS_INLINE static words widen(const byte_sums& s) { return {{Isa::widen(s.v[I])...}}; }
+  QEFT_ALWAYS_INLINE static words widen(const byte_sums& s) { return {{Isa::widen(s.v[At])...}}; }
 };
 
 template <class Body, int... Index>

@@ -2,8 +2,8 @@
 // Where the k weak (full-precision) columns sit among the IC input columns (METHOD section 1).
 //
 // Every policy is a bijection between input columns and two dense blocks: the IC - k robust
-// columns, numbered i, and the k weak ones, numbered j, both in ascending order. Weak columns have no
-// code.
+// columns, numbered i, and the k weak ones, numbered j, both in ascending order. Weak columns have
+// no code.
 #pragma once
 
 #include "qeft/core/math.hpp"

@@ -131,8 +131,8 @@ inline void add_linear(safetensors_writer& writer, const std::string& name,
 void add_linear(safetensors_writer&, const std::string&, quantized_matrix<layout::row_packed>&&,
                 const std::vector<std::int32_t>&) = delete;  // it would not live long enough
 
-/// As above for a layer that `matrix` makes while the file is written, once for each of its tensors, so
-/// that no more than one layer need be in memory.
+/// As above for a layer that `matrix` makes while the file is written, once for each of its
+/// tensors, so that no more than one layer need be in memory.
 /// @param d      what `matrix().descriptor()` will be
 /// @param matrix its result must stay valid until it is called again, for any layer
 inline void add_linear(safetensors_writer& writer, const std::string& name,

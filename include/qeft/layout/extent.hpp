@@ -2,9 +2,9 @@
 // The sizes a layout needs to place everything a layer stores, and what a layout is.
 //
 // A layout is a stateless type that owns the storage: it says how many words and scalars a layer
-// needs and where each code, scale, zero point and weak value lies among them. In its static members
-// all indices are in range; n is an output channel, k a dense column, g a group, j a weak column, p a
-// bit plane of a code.
+// needs and where each code, scale, zero point and weak value lies among them. In its static
+// members all indices are in range; n is an output channel, k a dense column, g a group, j a weak
+// column, p a bit plane of a code.
 //
 // Codes, 32-bit words in tiles of `rows` x `columns<Bits>`:
 //   rows, columns<Bits>                    positive constants

@@ -7,8 +7,8 @@
 namespace qeft::layout {
 
 /// Codes (OC, words per row), scales and zero points (OC, groups), weak columns (OC, k), all
-/// row-major and without padding but for the end of each row of codes. Rows of codes start on 32-bit
-/// words, so a permutation of rows moves whole runs of words; integer zero points are one
+/// row-major and without padding but for the end of each row of codes. Rows of codes start on
+/// 32-bit words, so a permutation of rows moves whole runs of words; integer zero points are one
 /// packed_array. A tile is one row of 32 columns.
 struct row_packed {
   static constexpr const char* name = "row_packed";

@@ -10,9 +10,10 @@ namespace qeft::layout {
 /// A tile is 32 rows x 32 columns and takes `Bits` runs of 32 words; word w of row r is at
 /// 32 * w + r of its tile. The column tiles of 32 rows are contiguous. A word holds consecutive
 /// columns of one row, lowest bits first; in a 1-bit plane column c of the tile is at bit
-/// 2 * (c % 16) + c / 16, so that it lines up with a 2-bit plane. Scales: 32 rows of a group side by
-/// side. Integer zero points: 32 rows of a group side by side, plane after plane, in `Bits` words of
-/// their own. Weak columns: 32 rows of a column side by side. Rows are padded to a multiple of 32.
+/// 2 * (c % 16) + c / 16, so that it lines up with a 2-bit plane. Scales: 32 rows of a group side
+/// by side. Integer zero points: 32 rows of a group side by side, plane after plane, in `Bits`
+/// words of their own. Weak columns: 32 rows of a column side by side. Rows are padded to a
+/// multiple of 32.
 struct simd_tile {
   static constexpr const char* name = "simd_tile";
   static constexpr bool zeros_in_scales = false;

@@ -20,8 +20,7 @@ namespace detail {
 /// Indices are 32 bits.
 inline void check_size(const char* function, index_t size) {
   if (size >= 0 && size <= std::numeric_limits<std::int32_t>::max()) return;
-  fail(errc::invalid_argument,
-       text(function, ": size is ", size, ", but must be in [0, 2^31)"));
+  fail(errc::invalid_argument, text(function, ": size is ", size, ", but must be in [0, 2^31)"));
 }
 
 }  // namespace detail
@@ -39,9 +38,9 @@ class permutation {
     for (index_t i = 0; i < n; ++i) {
       const std::int32_t s = source_[static_cast<std::size_t>(i)];
       if (s < 0 || s >= n || seen[static_cast<std::size_t>(s)]) {
-        fail(errc::invalid_argument,
-             text("permutation: source[", i, "] is ", s,
-                  s < 0 || s >= n ? text(", but must be in [0, ", n, ")") : ", which occurs twice"));
+        fail(errc::invalid_argument, text("permutation: source[", i, "] is ", s,
+                                          s < 0 || s >= n ? text(", but must be in [0, ", n, ")")
+                                                          : ", which occurs twice"));
       }
       seen[static_cast<std::size_t>(s)] = true;
     }
@@ -89,8 +88,8 @@ class permutation {
 /// The permutation that applies `first`, then `second`.
 inline permutation compose(const permutation& first, const permutation& second) {
   if (first.size() != second.size()) {
-    fail(errc::invalid_argument, text("compose: sizes are ", first.size(), " and ", second.size(),
-                                      ", but must be equal"));
+    fail(errc::invalid_argument,
+         text("compose: sizes are ", first.size(), " and ", second.size(), ", but must be equal"));
   }
   std::vector<std::int32_t> source(second.source().size());
   for (index_t i = 0; i < second.size(); ++i) {
@@ -114,9 +113,8 @@ inline permutation weak_last(index_t size, const std::vector<std::int32_t>& weak
     }
   }
   if (next != weak.size()) {
-    fail(errc::invalid_argument,
-         text("weak_last: weak[", next, "] is ", weak[next],
-              ", but weak must ascend and stay below ", size));
+    fail(errc::invalid_argument, text("weak_last: weak[", next, "] is ", weak[next],
+                                      ", but weak must ascend and stay below ", size));
   }
   source.insert(source.end(), weak.begin(), weak.end());
   return permutation(std::move(source));

@@ -143,9 +143,8 @@ class layer_builder {
       const auto stored = from_float<decltype(scalar)>(value);
       if (!std::isfinite(to_float(stored))) {
         fail(errc::not_finite,
-             text("quantize_layer: weak column ", weak_columns()[j],
-                  ", row ", row, " became ", value, ", which overflows ",
-                  to_string(format_.scalar)));
+             text("quantize_layer: weak column ", weak_columns()[j], ", row ", row, " became ",
+                  value, ", which overflows ", to_string(format_.scalar)));
       }
       matrix_.write_weak(row, j, stored.bits);
     });

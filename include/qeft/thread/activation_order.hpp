@@ -53,9 +53,8 @@ void for_each_weak_run(const Weak& weak, index_t in_channels, const Body& body) 
 template <class F, class W, class L, class M>
 QEFT_HOST_DEVICE quantized_matrix_view<F, weak_tail<>, L, M> as_tail(
     const quantized_matrix_view<F, W, L, M>& w) noexcept {
-  return {w.out_channels,       w.in_channels, w.groups, w.columns_per_group,
-          {{w.weak_columns()}}, w.codes,       w.scales, w.zeros,
-          w.weak_values};
+  return {w.out_channels, w.in_channels, w.groups, w.columns_per_group, {{w.weak_columns()}},
+          w.codes,        w.scales,      w.zeros,  w.weak_values};
 }
 
 }  // namespace qeft

@@ -60,8 +60,8 @@ void check_all_formats() {
             for (index_t g = 0; g < d.groups(); ++g) {
               const auto at = static_cast<std::size_t>(n * d.groups() + g);
               const qeft::stored_params params = q.read_params(n, g);
-              same = same && params.scale_bits == layer.scales[at] &&
-                     params.zero == layer.zeros[at];
+              same =
+                  same && params.scale_bits == layer.scales[at] && params.zero == layer.zeros[at];
             }
           }
           CHECK(same);
@@ -292,7 +292,8 @@ TEST_CASE("an owner takes its memory, index included, from the policy it is give
     }
     CHECK(reinterpret_cast<const std::byte*>(q.weak_index().data()) >= begin);
     CHECK(q.weak_index() == index);
-    std::memset(a.bytes.data() + a.used, 0xff, a.bytes.size() - a.used);  // fresh bytes are not zero
+    std::memset(a.bytes.data() + a.used, 0xff,
+                a.bytes.size() - a.used);  // fresh bytes are not zero
     const owner copy = q;
     CHECK(a.alive == 10);
     CHECK(copy.codes() == q.codes());

@@ -47,7 +47,8 @@ caught read_changed(const std::function<void(tensor_list&)>& change,
   temporary_directory dir;
   const small_layer layer(written);
   std::vector<std::int32_t> index = small_index;
-  if (written.weak == weak_kind::indexed) index.assign(layer.m.weak_index().begin(), layer.m.weak_index().end());
+  if (written.weak == weak_kind::indexed)
+    index.assign(layer.m.weak_index().begin(), layer.m.weak_index().end());
   index.resize(static_cast<std::size_t>(written.weak_columns));
   {
     safetensors_writer writer;

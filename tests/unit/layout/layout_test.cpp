@@ -102,8 +102,8 @@ TEST_CASE("a layout of a user's obeys the laws and is repacked like the library'
     const auto packed = qeft_test::pack<interleaved_layout>(layer);
     CHECK(qeft_test::same_bytes(qeft::repack<interleaved_layout>(exec, rows), packed));
     CHECK(qeft_test::same_bytes(qeft::repack<row_packed>(exec, packed), rows));
-    CHECK(qeft_test::same_bytes(
-        qeft::repack<simd_tile>(exec, packed), qeft_test::pack<simd_tile>(layer)));
+    CHECK(qeft_test::same_bytes(qeft::repack<simd_tile>(exec, packed),
+                                qeft_test::pack<simd_tile>(layer)));
     std::vector<float> weights;
     packed.visit([&](const auto& view) {
       for (index_t n = 0; n < view.out_channels; ++n) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The streamed Hessian against its definition in double.
-#include "qeft/core/host_buffer.hpp"
 #include "qeft/solver/hessian.hpp"
+#include "qeft/core/host_buffer.hpp"
 
 #include <cmath>
 #include <cstring>

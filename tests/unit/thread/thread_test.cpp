@@ -38,12 +38,11 @@ tile_row<Bits> random_row(random_source& random) {
   for (int c = 0; c < 32; ++c) {
     unsigned& code = row.codes[static_cast<std::size_t>(c)];
     code = static_cast<unsigned>(random.bits()) & ((1U << Bits) - 1U);
-    qeft::scatter_code<Bits>(
-        row.words, code, [&](int p) {
-          const int first = qeft::bit_planes<Bits>::shift(p);
-          const auto in = qeft::layout::simd_tile::locate_in_tile<Bits>(p, 0, c);
-          return qeft::code_address{first + in.word / 32, in.shift};
-        });
+    qeft::scatter_code<Bits>(row.words, code, [&](int p) {
+      const int first = qeft::bit_planes<Bits>::shift(p);
+      const auto in = qeft::layout::simd_tile::locate_in_tile<Bits>(p, 0, c);
+      return qeft::code_address{first + in.word / 32, in.shift};
+    });
   }
   return row;
 }
