@@ -166,9 +166,10 @@ TEST_CASE("gemm says why it refuses") {
   broken = view;
   broken.zeros = nullptr;
   CHECK(refused(qeft::supports_gemm(exec, broken, x.data(), 1, y.data()), {"zeros"}));
-  for (const index_t columns : {index_t{16}, index_t{0}, index_t{-2}}) {
+  for (const index_t columns : {index_t{3}, index_t{0}, index_t{-2}}) {
     broken = view;
     broken.columns_per_group = columns;
+    broken.groups = columns == 3 ? 2 : 1;
     CHECK(refused(qeft::supports_gemm(exec, broken, x.data(), 1, y.data()),
                   {"columns_per_group", "multiple of 32"}));
   }
