@@ -79,8 +79,8 @@ struct block_access<layout::row_packed> {
   }
 };
 
-/// A row of a tile of simd_tile holds the words of a block at a distance, those of a 1-bit plane
-/// with its two halves interleaved.
+/// A row of a tile of simd_tile holds the words of a block at a distance; those of a second plane
+/// have their fields in another order.
 template <>
 struct block_access<layout::simd_tile> {
   using layout_type = layout::simd_tile;
@@ -88,31 +88,58 @@ struct block_access<layout::simd_tile> {
   template <int Bits>
   static void read(const std::uint32_t* words, const layout::extent& e, index_t n, index_t k,
                    std::uint32_t* block) noexcept {
+    using planes = bit_planes<Bits>;
     const std::uint32_t* row = words + first_word<Bits>(e, n, k);
     for (int w = 0; w < Bits; ++w) block[w] = row[w * layout_type::rows];
-    for (int p = 0; p < bit_planes<Bits>::count; ++p) {
-      if (bit_planes<Bits>::width(p) != 1) continue;
-      std::uint32_t& word = block[bit_planes<Bits>::shift(p)];
-      word = even_bits(word) | even_bits(word >> 1U) << 16U;
+    if constexpr (is_interleaved<Bits>) {
+      block[2] = even_bits(block[2]) | even_bits(block[2] >> 1U) << 16U;
+    } else if constexpr (planes::count == 2) {
+      for (int w = planes::shift(1); w < Bits; ++w) block[w] = 0;
+      for_each_narrow_field<Bits>(
+          [&](int from, int to, int shift, int to_shift, std::uint32_t mask) {
+            block[to] |= ((row[from * layout_type::rows] >> shift) & mask) << to_shift;
+          });
     }
   }
   template <int Bits>
   static void write(std::uint32_t* words, const layout::extent& e, index_t n, index_t k,
                     const std::uint32_t* block) noexcept {
+    using planes = bit_planes<Bits>;
     std::uint32_t* row = words + first_word<Bits>(e, n, k);
-    for (int w = 0; w < Bits; ++w) row[w * layout_type::rows] = block[w];
-    for (int p = 0; p < bit_planes<Bits>::count; ++p) {
-      if (bit_planes<Bits>::width(p) != 1) continue;
-      const int w = bit_planes<Bits>::shift(p);
-      row[w * layout_type::rows] = spread(block[w] & 0xffffU) | spread(block[w] >> 16U) << 1U;
+    for (int w = 0; w < planes::width(0); ++w) row[w * layout_type::rows] = block[w];
+    if constexpr (is_interleaved<Bits>) {
+      row[2 * layout_type::rows] = spread(block[2] & 0xffffU) | spread(block[2] >> 16U) << 1U;
+    } else if constexpr (planes::count == 2) {
+      for_each_narrow_field<Bits>(
+          [&](int to, int from, int to_shift, int shift, std::uint32_t mask) {
+            row[to * layout_type::rows] |= ((block[from] >> shift) & mask) << to_shift;
+          });
     }
   }
 
  private:
+  /// Planes <2, 1>: the two halves of the second plane's word are interleaved.
+  template <int Bits>
+  static constexpr bool is_interleaved = bit_planes<Bits>::count == 2 &&
+                                         bit_planes<Bits>::width(0) == 2;
+
   template <int Bits>
   static index_t first_word(const layout::extent& e, index_t n, index_t k) noexcept {
     return layout_type::tile_word<Bits>(e, 0, n / layout_type::rows, k / 32) +
            n % layout_type::rows;
+  }
+  /// body(word in the row, word in the block, shift in the row, shift in the block, mask) for the
+  /// 32 fields of the second plane.
+  template <int Bits, class Body>
+  static void for_each_narrow_field(const Body& body) {
+    using planes = bit_planes<Bits>;
+    const std::uint32_t mask = (1U << static_cast<unsigned>(planes::width(1))) - 1U;
+    for (int c = 0; c < 32; ++c) {
+      const layout::tile_address at = layout_type::locate_in_tile<Bits>(1, 0, c);
+      const int bit = c * planes::width(1);
+      body(planes::shift(1) + at.word / static_cast<int>(layout_type::rows),
+           planes::shift(1) + bit / 32, at.shift, bit % 32, mask);
+    }
   }
   /// Bits 0, 2, 4 ... 30 of x at 0 .. 15.
   static std::uint32_t even_bits(std::uint32_t x) noexcept {

@@ -8,12 +8,12 @@
 namespace qeft::layout {
 
 /// A tile is 32 rows x 32 columns and takes `Bits` runs of 32 words; word w of row r is at
-/// 32 * w + r of its tile. The column tiles of 32 rows are contiguous. A word holds consecutive
-/// columns of one row, lowest bits first; in a 1-bit plane column c of the tile is at bit
-/// 2 * (c % 16) + c / 16, so that it lines up with a 2-bit plane. Scales: 32 rows of a group side
-/// by side. Integer zero points: 32 rows of a group side by side, plane after plane, in `Bits`
-/// words of their own. Weak columns: 32 rows of a column side by side. Rows are padded to a
-/// multiple of 32.
+/// 32 * w + r of its tile. The column tiles of 32 rows are contiguous. A word of the first plane
+/// holds consecutive columns of one row, lowest bits first. In a second plane a column lies where
+/// its field of the first one does, moved up by as many fields as words of the first plane precede
+/// it, so that both are brought together by one shift. Scales: 32 rows of a group side by side.
+/// Integer zero points: 32 rows of a group side by side, plane after plane, in `Bits` words of
+/// their own. Weak columns: 32 rows of a column side by side. Rows are padded to a multiple of 32.
 struct simd_tile {
   static constexpr const char* name = "simd_tile";
   static constexpr bool zeros_in_scales = false;
@@ -48,9 +48,11 @@ struct simd_tile {
   template <int Bits>
   QEFT_HOST_DEVICE static constexpr tile_address locate_in_tile(int p, int r, int c) noexcept {
     const int width = bit_planes<Bits>::width(p);
-    const int run = width == 1 ? 0 : c * width / 32;
-    const int shift = width == 1 ? 2 * (c % 16) + c / 16 : c * width % 32;
-    return {run * static_cast<int>(rows) + r, shift};
+    const int wide = bit_planes<Bits>::width(0);
+    const int run = c * wide / 32;  // the word of the first plane that holds the column
+    const int shift = c * wide % 32;
+    if (p == 0) return {run * static_cast<int>(rows) + r, shift};
+    return {run * width / wide * static_cast<int>(rows) + r, shift + run * width % wide};
   }
 
   QEFT_HOST_DEVICE static constexpr index_t scale_count(const extent& e) noexcept {
