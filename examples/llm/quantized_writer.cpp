@@ -7,6 +7,7 @@
 #include "llama_graph.hpp"
 #include "qeft/io/atomic_file.hpp"
 #include "qeft/io/checkpoint.hpp"
+#include "qeft/io/json.hpp"
 #include "qeft/reorder/permute_matrix.hpp"
 
 namespace qeft_llm {
@@ -66,7 +67,7 @@ class model_writer {
 
     nlohmann::json config = config_.source;
     config["quantization_config"] = io::to_json(quantization_);
-    io::write_text_file(directory / "config.json", config.dump(2) + "\n");
+    io::write_text_file(directory / "config.json", io::dump_json(config, 2) + "\n");
     return std::move(quantization_);
   }
 
