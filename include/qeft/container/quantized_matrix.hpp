@@ -286,9 +286,6 @@ class quantized_matrix {
   QEFT_ALWAYS_INLINE const std::uint16_t* scale_scalars() const noexcept {
     return reinterpret_cast<const std::uint16_t*>(scales_.data());
   }
-  QEFT_ALWAYS_INLINE std::uint32_t* zero_words() noexcept {
-    return reinterpret_cast<std::uint32_t*>(zeros().data());
-  }
   QEFT_ALWAYS_INLINE std::uint16_t* weak_scalars() noexcept {
     return reinterpret_cast<std::uint16_t*>(weak_.data());
   }

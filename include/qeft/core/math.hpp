@@ -17,11 +17,6 @@ QEFT_HOST_DEVICE constexpr index_t quotient(index_t a, index_t b) noexcept {
   return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
 }
 
-/// a % b, as quotient.
-QEFT_HOST_DEVICE constexpr index_t remainder(index_t a, index_t b) noexcept {
-  return static_cast<std::uint32_t>(a) % static_cast<std::uint32_t>(b);
-}
-
 /// The smallest multiple of b that is not below a, for a >= 0, b > 0.
 QEFT_HOST_DEVICE constexpr index_t round_up(index_t a, index_t b) noexcept {
   return ceil_div(a, b) * b;
