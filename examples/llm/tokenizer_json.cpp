@@ -87,7 +87,9 @@ class node {
 
   const std::string& text() const {
     if (value_ == nullptr || !value_->is_string()) refuse("a string");
-    return value_->get_ref<const std::string&>();
+    const auto& text = value_->get_ref<const std::string&>();
+    if (qeft::io::has_lone_surrogate(text)) refuse("text without lone surrogates");
+    return text;
   }
   std::string text_or(const std::string& otherwise) const { return absent() ? otherwise : text(); }
 
@@ -337,6 +339,10 @@ class vocabulary_reader {
     id_limit_ = static_cast<long long>(2 * (vocabulary.object().size() + added_.size())) + 65536;
     for (const auto& [token, id] : vocabulary.object().items()) {
       if (!id.is_number_integer()) vocabulary.at(token).integer();  // says so
+      if (qeft::io::has_lone_surrogate(token)) {
+        vocabulary.corrupt("model.vocab holds " + qeft::io::dump_json(token) +
+                           ", which has a lone surrogate");
+      }
       claim(token, id.get<long long>());
     }
     model_ids_ = t_.ids;

@@ -762,6 +762,17 @@ TEST_CASE("inconsistent files are errors that name the fault") {
   };
   strip_corrupt("", 1, "the content is not a character");
   strip_corrupt(" ", -1, "start is -1");
+  const auto lone_surrogate = [](const std::string& before, const std::string& string,
+                                 const std::string& behind, const char* fault) {
+    std::string text = small_document().dump();
+    const std::size_t at = text.find(before + string + behind);
+    REQUIRE(at != std::string::npos);
+    text.replace(at + before.size(), string.size(), "\\ud800");
+    CHECK(throws_with(errc::corrupt_file, {"tiny: ", fault, "lone surrogate"},
+                      [&] { tokenizer::from_json(text, "tiny"); }));
+  };
+  lone_surrogate("\"", "ab", "\":", "model.vocab holds \"\\ud800\"");
+  lone_surrogate("\"content\":\"", "<s>", "\"", "content");
   // 262 tokens, of which the last has the id that the next one would get.
   json collision = small_document();
   collision["model"]["vocab"].erase("aa");

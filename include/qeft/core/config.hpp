@@ -20,7 +20,11 @@ Units without them may be linked with units that have them. nvcc's -use_fast_mat
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__GNUC__) || defined(__clang__)
+// QEFT_KEEP_CALLS: forced inlining is left out, because sanitizers' checks in kernels of thousands of
+// lines cost minutes of compilation. Not for programs of units with different -m flags.
+#if defined(QEFT_KEEP_CALLS)
+#define QEFT_ALWAYS_INLINE inline
+#elif defined(__GNUC__) || defined(__clang__)
 #define QEFT_ALWAYS_INLINE inline __attribute__((always_inline))
 #elif defined(_MSC_VER)
 #define QEFT_ALWAYS_INLINE __forceinline
@@ -64,7 +68,7 @@ Units without them may be linked with units that have them. nvcc's -use_fast_mat
 
 // Goes behind the parameters of a lambda: accumulators stay in registers only where every lambda of
 // an unrolled loop is inlined, which compilers do not do on their own.
-#if defined(__GNUC__) || defined(__clang__)
+#if (defined(__GNUC__) || defined(__clang__)) && !defined(QEFT_KEEP_CALLS)
 #define QEFT_INLINE_LAMBDA __attribute__((always_inline))
 #else
 #define QEFT_INLINE_LAMBDA

@@ -78,22 +78,27 @@ inline void check_scales(const std::string& where, span<const std::byte> scales)
   }
 }
 
-/// The rule of `weak_index`, or nothing when it holds.
+/// What validate_weak_index says of a layer's weak_index, or nothing.
 inline std::string weak_index_error(const std::vector<std::int32_t>& weak_index,
                                     const matrix_descriptor& d) {
-  if (static_cast<index_t>(weak_index.size()) != d.weak_columns) {
-    return "has " + std::to_string(weak_index.size()) + " entries, but the layer has " +
-           std::to_string(d.weak_columns) + " weak columns";
-  }
-  index_t previous = -1;
-  for (const std::int32_t column : weak_index) {
-    if (column <= previous || column >= d.in_channels) {
-      return "holds " + std::to_string(column) + " after " + std::to_string(previous) +
-             ", but must ascend and stay below in_channels = " + std::to_string(d.in_channels);
+  return validate_weak_index(weak_index, d.weak_columns, d.in_channels).message();
+}
+
+// A layer's format stands in the file too: where config.json is edited by hand, tensors may still
+// have the sizes it implies.
+inline std::string format_key(const std::string& name) { return name + ".format"; }
+inline std::string format_text(const matrix_descriptor& d) {
+  return format_to_json(d, nullptr).dump();
+}
+inline void check_format(const safetensors_reader& reader, const std::string& name,
+                         const matrix_descriptor& d) {
+  for (const safetensors_file& file : reader.files()) {
+    const auto written = file.metadata().find(format_key(name));
+    if (written != file.metadata().end() && written->second != format_text(d)) {
+      fail_corrupt(reader.where(), "layer '" + name + "' was written as " + written->second +
+                                       ", but quantization_config says " + format_text(d));
     }
-    previous = column;
   }
-  return {};
 }
 
 }  // namespace detail
@@ -111,7 +116,7 @@ inline void add_linear(safetensors_writer& writer, const std::string& name,
   const matrix_descriptor& d = matrix.descriptor();
   const std::string broken = detail::weak_index_error(weak_index, d);
   if (!broken.empty()) {
-    fail(errc::invalid_argument, "add_linear: weak_index of " + name + " " + broken);
+    fail(errc::invalid_argument, "add_linear: " + name + ": " + broken);
   }
   if (d.weak == weak_kind::indexed && matrix.weak_index() != weak_index) {
     fail(errc::invalid_argument,
@@ -124,9 +129,8 @@ inline void add_linear(safetensors_writer& writer, const std::string& name,
     if (bytes[i].empty()) continue;
     writer.add(name + parts[i].suffix, parts[i].type, parts[i].shape, bytes[i]);
   }
-  if (!weak_index.empty()) {
-    add_i32(writer, name + ".weak_index", weak_index);
-  }
+  if (!weak_index.empty()) add_i32(writer, name + ".weak_index", weak_index);
+  writer.set_metadata(detail::format_key(name), detail::format_text(d));
 }
 void add_linear(safetensors_writer&, const std::string&, quantized_matrix<layout::row_packed>&&,
                 const std::vector<std::int32_t>&) = delete;  // it would not live long enough
@@ -141,7 +145,7 @@ inline void add_linear(safetensors_writer& writer, const std::string& name,
   validate(d).throw_if_error();
   const std::string broken = detail::weak_index_error(weak_index, d);
   if (!broken.empty()) {
-    fail(errc::invalid_argument, "add_linear: weak_index of " + name + " " + broken);
+    fail(errc::invalid_argument, "add_linear: " + name + ": " + broken);
   }
   const auto parts = detail::parts_of(d);
   for (std::size_t i = 0; i < parts.size(); ++i) {
@@ -159,11 +163,13 @@ inline void add_linear(safetensors_writer& writer, const std::string& name,
                });
   }
   if (!weak_index.empty()) add_i32(writer, name + ".weak_index", weak_index);
+  writer.set_metadata(detail::format_key(name), detail::format_text(d));
 }
 
 /// The counterpart of add_linear. Type and size of every tensor must be what the descriptor says,
-/// and the descriptor must be valid: else errc::corrupt_file or errc::invalid_argument. Scales,
-/// scaled zeros and weak columns must be finite: else errc::not_finite. Errors name the tensor.
+/// and the descriptor must be valid and the one that was written: else errc::corrupt_file or
+/// errc::invalid_argument. Scales, scaled zeros and weak columns must be finite: else
+/// errc::not_finite. Errors name the tensor.
 inline stored_linear read_linear(const safetensors_reader& reader, const std::string& name,
                                  const matrix_descriptor& d) {
   if (const status valid = validate(d); !valid.ok()) {
@@ -179,7 +185,7 @@ inline stored_linear read_linear(const safetensors_reader& reader, const std::st
     weak_index = read_i32(reader, name + ".weak_index", d.weak_columns);
     const std::string broken = detail::weak_index_error(weak_index, d);
     if (!broken.empty()) {
-      fail_corrupt(reader.where(), "tensor '" + name + ".weak_index' " + broken);
+      fail_corrupt(reader.where(), "layer '" + name + "': " + broken);
     }
   } else {
     refuse_extra(name + ".weak_index");
@@ -202,6 +208,7 @@ inline stored_linear read_linear(const safetensors_reader& reader, const std::st
       detail::check_scales(reader.where() + ": tensor '" + tensor + "'", t.data);
     }
   }
+  detail::check_format(reader, name, d);
   quantized_matrix<layout::row_packed> matrix(
       d, d.weak == weak_kind::indexed ? weak_index : std::vector<std::int32_t>{});
   const std::array<span<std::byte>, 4> into = {matrix.codes(), matrix.scales(), matrix.zeros(),

@@ -34,15 +34,19 @@ class safetensors_writer {
   using producer = std::function<void(const sink&)>;
 
   /// @param metadata goes into each file's `__metadata__`; UTF-8; "qeft.checksum" is ours
-  explicit safetensors_writer(metadata_map metadata = {}) : metadata_(std::move(metadata)) {
-    for (const auto& [key, value] : metadata_) {
-      if (key.find(checksum_key) != std::string::npos ||
-          value.find(checksum_key) != std::string::npos) {
-        fail(errc::invalid_argument,
-             "safetensors_writer: metadata '" + key + "' holds the reserved name " + checksum_key);
-      }
-    }
+  explicit safetensors_writer(const metadata_map& metadata = {}) {
+    for (const auto& [key, value] : metadata) set_metadata(key, value);
     metadata_.emplace(checksum_key, to_hex(0));
+  }
+
+  /// Adds an entry to `__metadata__`, or replaces it.
+  void set_metadata(const std::string& key, const std::string& value) {
+    if (key.find(checksum_key) != std::string::npos ||
+        value.find(checksum_key) != std::string::npos) {
+      fail(errc::invalid_argument,
+           "safetensors_writer: metadata '" + key + "' holds the reserved name " + checksum_key);
+    }
+    metadata_[key] = value;
   }
 
   /// Bytes that stay valid until the file is written.

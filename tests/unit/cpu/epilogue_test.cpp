@@ -64,8 +64,8 @@ TEST_CASE("a custom epilogue is applied once to every output, whatever the kerne
   const auto x = qeft_test::random_activations<float>(c.layer, tokens, random);
   const custom e{-0.5F};
   const auto check = [&](const auto& exec) {
-    const auto plain = product<float>(exec, c.matrix, x, epilogue::none{});
-    const auto y = product<float>(exec, c.matrix, x, e);
+    const auto plain = product<float>(exec, c.view(), x, epilogue::none{});
+    const auto y = product<float>(exec, c.view(), x, e);
     CHECK(qeft_test::same_bits(y, afterwards<float>(plain, e)));
     std::vector<float> one(rows);
     REQUIRE(qeft::gemv(exec, c.view(), x.data(), one.data(), e).ok());
@@ -91,7 +91,7 @@ TEST_CASE("the library's epilogues and their composition do what a pass afterwar
   const qeft_test::isa_case<qeft::quant_format<4>> c(rows, 128, 2);
   qeft_test::random_source random(2);
   const auto x = qeft_test::random_activations<float>(c.layer, tokens, random);
-  const auto plain = product<float>(exec, c.matrix, x, epilogue::none{});
+  const auto plain = product<float>(exec, c.view(), x, epilogue::none{});
   std::vector<float> b;
   std::vector<float> r;
   std::vector<std::int32_t> to;
@@ -102,7 +102,7 @@ TEST_CASE("the library's epilogues and their composition do what a pass afterwar
   for (index_t i = 0; i < tokens * rows; ++i) r.push_back(static_cast<float>(random.real()));
   const auto at = [](index_t i) { return static_cast<std::size_t>(i); };
   const auto check = [&](const auto& e, const auto& expected) {
-    const auto y = product<float>(exec, c.matrix, x, e);
+    const auto y = product<float>(exec, c.view(), x, e);
     for (index_t t = 0; t < tokens; ++t) {
       for (index_t n = 0; n < rows; ++n) {
         const index_t stored = t * rows + epilogue::destination(e, n);
@@ -129,12 +129,12 @@ TEST_CASE("the library's epilogues and their composition do what a pass afterwar
         [&](float v, index_t t, index_t n) { return v + r[at(t * rows + to[at(n)])]; });
 
   auto y = r;  // added to what is there
-  REQUIRE(qeft::gemm(exec, c.matrix, x.data(), tokens, y.data(), epilogue::residual{y.data(), rows})
+  REQUIRE(qeft::gemm(exec, c.view(), x.data(), tokens, y.data(), epilogue::residual{y.data(), rows})
               .ok());
   CHECK(qeft_test::same_bits(y, afterwards<float>(plain, epilogue::residual{r.data(), rows})));
 
   const custom e{2.0F};
-  CHECK(qeft_test::same_bits(product<qeft::half_bits>(exec, c.matrix, x, e),
+  CHECK(qeft_test::same_bits(product<qeft::half_bits>(exec, c.view(), x, e),
                              afterwards<qeft::half_bits>(plain, e)));
 }
 
@@ -144,7 +144,7 @@ TEST_CASE("gemm without memory is a status, and y is untouched") {
   const std::vector<float> x(static_cast<std::size_t>(c.layer.d.in_channels), 1.0F);
   std::vector<float> y(rows, 7.0F);
   no_memory = true;
-  const qeft::status of_gemm = qeft::gemm(exec, c.matrix, x.data(), 1, y.data());
+  const qeft::status of_gemm = qeft::gemm(exec, c.view(), x.data(), 1, y.data());
   const qeft::status of_gemv = qeft::gemv(exec, c.view(), x.data(), y.data());
   no_memory = false;
   CHECK(of_gemm.code() == qeft::errc::out_of_memory);

@@ -7,15 +7,14 @@
 
 namespace qeft_test {
 
-/// body(isa) for every instruction set of this build (in the sanitizer build, see CMakeLists.txt,
-/// for those that no other test runs).
+/// body(isa) for every instruction set of this build.
 template <class Body>
 void for_each_isa(const Body& body) {
   body(qeft::cpu::isa::portable{});
 #if defined(QEFT_HAS_AVX2)
   body(qeft::cpu::isa::avx2{});
 #endif
-#if defined(QEFT_HAS_AVX512) && !defined(QEFT_TEST_WITHOUT_BEST_ISA)
+#if defined(QEFT_HAS_AVX512)
   body(qeft::cpu::isa::avx512{});
 #if defined(QEFT_HAS_AVX512_VNNI)
   body(qeft::cpu::isa::avx512_vnni{});

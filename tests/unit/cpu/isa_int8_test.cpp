@@ -29,7 +29,7 @@ TEST_CASE("int8 is exact for activations that 8 bits hold") {
     qeft_test::for_each_isa([&](auto isa) {
       INFO(isa.name << ": " << qeft_test::describe(c.layer.d));
       CHECK(qeft_test::worst_error(qeft_test::product<float>(c, x, tokens, qeft::cpu::int8{}, isa),
-                                   reference) < 1e-6);
+                                   reference) < qeft_test::exact_bound);
       sweep.ran();
     });
   });
@@ -95,7 +95,7 @@ TEST_CASE("int8 keeps its bound: half a step per activation, for every output") 
       const auto y = qeft_test::product<float>(c, x, tokens, qeft::cpu::int8{}, isa);
       for (std::size_t i = 0; i < y.size(); ++i) {
         const double error = std::abs(static_cast<double>(y[i]) - reference.y[i]);
-        CHECK(error <= 1.0001 * bound[i] + 1e-6 * reference.magnitude[i]);
+        CHECK(error <= 1.0001 * bound[i] + qeft_test::exact_bound * reference.magnitude[i]);
       }
       sweep.ran();
     });
@@ -113,7 +113,7 @@ TEST_CASE("int8 takes zero, tiny and huge activations") {
       for (std::size_t n = 0; n < y.size(); ++n) {
         // Activations below the normal range may count as zero.
         const double error = std::abs(static_cast<double>(y[n]) - reference.y[n]);
-        CHECK(error <= 1e-6 * reference.magnitude[n] + 1e-35);
+        CHECK(error <= qeft_test::exact_bound * reference.magnitude[n] + 1e-35);
       }
     }
   });

@@ -78,6 +78,13 @@ double worst_error(const std::vector<Y>& y, const reference_product& r) {
   return worst;
 }
 
+/// What worst_error may be: without a fused multiply-add every term is rounded twice.
+#if defined(QEFT_HAS_FMA)
+inline constexpr double exact_bound = 1e-6;
+#else
+inline constexpr double exact_bound = 2e-6;
+#endif
+
 /// Activations around 1, those of weak columns 60 times as large: the outliers that the method
 /// keeps in full precision.
 template <class X>

@@ -28,7 +28,7 @@ TEST_CASE("gemm equals the definition for random layers") {
 
     std::vector<float> y(reference.y.size());
     REQUIRE(qeft::gemm(one, w, x.data(), tokens, y.data()).ok());
-    CHECK(qeft_test::worst_error(y, reference) < 1e-6);
+    CHECK(qeft_test::worst_error(y, reference) < qeft_test::exact_bound);
 
     // The same bits for every number of threads, and for a token on its own.
     std::vector<float> other(y.size());
@@ -83,7 +83,7 @@ TEST_CASE("gemm takes any other layout through the definition") {
   std::vector<float> y(3 * 37);
   REQUIRE(qeft::gemm(qeft::on_host(2), view, x.data(), 3, y.data()).ok());
   const auto reference = qeft_test::multiply(layer, qeft_test::floats(x), 3);
-  CHECK(qeft_test::worst_error(y, reference) < 1e-6);
+  CHECK(qeft_test::worst_error(y, reference) < qeft_test::exact_bound);
 }
 
 TEST_CASE("gemm writes its outputs and nothing else") {

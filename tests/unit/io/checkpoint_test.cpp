@@ -115,7 +115,7 @@ TEST_CASE("add_linear refuses a wrong weak index", "[io]") {
     return catch_error([&] { add_linear(writer, "l", m, index); });
   };
   CHECK_THAT(refused(layer.m, {1, 2, 3}).message,
-             contains("weak_index of l has 3 entries, but the layer has 4"));
+             contains("l: weak_index has 3 entries, but must have 4"));
   CHECK_THAT(refused(layer.m, {1, 2, 2, 3}).message, contains("holds 2 after 2"));
   CHECK_THAT(refused(layer.m, {-1, 2, 3, 4}).message, contains("holds -1"));
   CHECK_THAT(refused(layer.m, {1, 2, 3, 70}).message, contains("holds 70"));
@@ -203,7 +203,7 @@ TEST_CASE("read_linear refuses NaN, infinity and a wrong index", "[io]") {
       const caught e =
           read_changed([&](tensor_list& t) { t.at("l.weak_index").data = as_bytes(index); }, d, d);
       CHECK(e.code == errc::corrupt_file);
-      CHECK_THAT(e.message, contains("'l.weak_index' holds"));
+      CHECK_THAT(e.message, contains("'l': weak_index holds"));
     }
   }
 }
@@ -382,6 +382,22 @@ TEST_CASE("mutated JSON of a quantization_config never does worse than an error"
     REQUIRE((e.code == errc::ok || e.code == errc::corrupt_file || e.code == errc::unsupported));
   });
   CHECK(refused > 1000);
+}
+
+TEST_CASE("a format edited by hand is refused, whatever the sizes", "[io]") {
+  temporary_directory dir;
+  const small_layer layer;
+  safetensors_writer writer;
+  add_linear(writer, "l", layer.m, small_index);
+  writer.write(dir / "a");
+  matrix_descriptor edited = small_descriptor();
+  REQUIRE(edited.weak == qeft::weak_kind::tail);
+  edited.weak = qeft::weak_kind::indexed;
+  const safetensors_reader reader(dir / "a");
+  const caught e = catch_error([&] { read_linear(reader, "l", edited); });
+  CHECK(e.code == errc::corrupt_file);
+  CHECK_THAT(e.message, contains("layer 'l' was written as"));
+  CHECK_THAT(e.message, contains("\"weak\":\"indexed\""));
 }
 
 TEST_CASE("read_linear finds the layer in the quantization_config", "[io]") {
