@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Epilogues, those of the library and a user's, give what a pass over the outputs afterwards gives.
+#include <cmath>
 #include <cstdlib>
 #include <new>
 
@@ -114,6 +115,7 @@ TEST_CASE("the library's epilogues and their composition do what a pass afterwar
   const auto silu = [](float v) { return v / (1.0F + std::exp(-v)); };
   check(epilogue::bias{b.data()}, [&](float v, index_t, index_t n) { return v + b[at(n)]; });
   check(epilogue::relu{}, [&](float v, index_t, index_t) { return v > 0.0F ? v : 0.0F; });
+  CHECK(std::isnan(epilogue::relu{}(std::nanf(""), 0, 0)));
   check(epilogue::silu{}, [&](float v, index_t, index_t) { return silu(v); });
   check(epilogue::gelu{}, [&](float v, index_t, index_t) {
     return 0.5 * static_cast<double>(v) * std::erfc(static_cast<double>(v) / -std::sqrt(2.0));
