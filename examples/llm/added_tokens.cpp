@@ -79,6 +79,7 @@ std::pair<std::size_t, std::size_t> added_token_set::extent(std::string_view tex
   }
   if (t.lstrip) begin = std::max(begin, done);  // what an earlier one took counts for that
   if (t.rstrip) {
+    end = std::max(end, done);  // read once, however many matches lie in it
     while (end < text.size() && is_space(code_point_at(text, end))) {
       end += static_cast<std::size_t>(character_length(text.substr(end)));
     }

@@ -95,10 +95,19 @@ struct piece {
 bool is_blank(char c) { return c == ' ' || c == '\t'; }
 bool is_white(char c) { return std::isspace(static_cast<unsigned char>(c)) != 0; }
 
+/// \n for \r\n and \r, as jinja2 reads templates.
+std::string with_newlines(const std::string& source) {
+  std::string text;
+  for (std::size_t i = 0; i < source.size(); ++i) {
+    if (source[i] == '\r' && i + 1 < source.size() && source[i + 1] == '\n') continue;
+    text += source[i] == '\r' ? '\n' : source[i];
+  }
+  return text;
+}
+
 /// Cuts a template into text and tags, white space control applied.
 std::vector<piece> cut(std::string source, const reporter& report) {
-  for (std::size_t at = 0; (at = source.find("\r\n", at)) != std::string::npos;)
-    source.erase(at, 1);
+  source = with_newlines(source);
   if (!source.empty() && source.back() == '\n') source.pop_back();
 
   std::vector<piece> pieces;
@@ -741,16 +750,20 @@ class executor {
   static constexpr std::size_t most_bytes = std::size_t{1} << 28U;
   static constexpr long long most_steps = 10000000;
 
-  void count_step(const node& n) {
-    if (++steps_ > most_steps) report_.unsupported(n.line, "it does not come to an end");
+  void count_steps(const node& n, std::size_t steps = 1) {
+    steps_ += static_cast<long long>(steps);
+    if (steps_ > most_steps) report_.unsupported(n.line, "it does not come to an end");
+  }
+  void check_size(const node& n, const marked_text& t) const {
+    if (t.size() > most_bytes) report_.unsupported(n.line, "the text is too long");
   }
   void put(const node& n, const marked_text& t) {
-    if (out_.size() + t.size() > most_bytes) report_.unsupported(n.line, "the text is too long");
     out_ += t;
+    check_size(n, out_);
   }
 
   flow execute(const node& n) {
-    count_step(n);
+    count_steps(n);
     switch (n.kind) {
       case node::text:
         put(n, marked_text::plain(n.text_));
@@ -795,7 +808,24 @@ class executor {
       into = mapping_in(find(n.names[0]));
       if (into == nullptr) report_.unsupported(n.line, n.names[0] + " is no namespace");
     }
+    check_nesting(n, v, into);
     put_entry(*into, n.names.back(), std::move(v));
+  }
+
+  /// Values are compared, printed and destroyed recursively: what is kept is neither deep nor part
+  /// of itself.
+  void check_nesting(const node& n, const template_value& v, const value_entries* into,
+                     int depth = 0) {
+    constexpr int most_depth = 64;
+    count_steps(n);
+    if (depth > most_depth || mapping_in(v) == into) {
+      report_.unsupported(n.line, "a value of such deep nesting is not supported");
+    }
+    if (const auto* l = list_in(v)) {
+      for (const template_value& x : *l) check_nesting(n, x, into, depth + 1);
+    } else if (const auto* m = mapping_in(v)) {
+      for (const auto& entry : *m) check_nesting(n, entry.second, into, depth + 1);
+    }
   }
 
   static void put_entry(value_entries& into, const std::string& name, template_value v) {
@@ -898,8 +928,17 @@ class executor {
     return *i;
   }
 
+  /// What values take counts too, so that a short template cannot fill the memory.
   template_value evaluate(const node& n) {
-    count_step(n);
+    count_steps(n);
+    template_value v = value_of(n);
+    const bool shared = n.kind == node::name || n.kind == node::attribute || n.kind == node::item;
+    if (const auto* t = text_in(v)) count_steps(n, t->size() / 64);
+    if (const auto* l = list_in(v); l != nullptr && !shared) count_steps(n, l->size());
+    return v;
+  }
+
+  template_value value_of(const node& n) {
     switch (n.kind) {
       case node::literal:
         return n.value;
@@ -1164,7 +1203,8 @@ class executor {
     }
     if (one_of(name, {"upper", "lower", "title", "capitalize"})) return cased(n, t, name);
     if (name == "replace") {
-      return replaced_text(n, t, text_argument(n, 0, "old"), text_argument(n, 1, "new"));
+      return replaced_text(n, t, text_argument(n, 0, "old"), text_argument(n, 1, "new"),
+                           replacements(n));
     }
     if (name == "split") return split(n, t);
     report_.unsupported(n.line, "the method ." + name + "() of a string is not supported");
@@ -1186,16 +1226,21 @@ class executor {
     return make_list(std::move(parts));
   }
 
+  /// The count of replace(), or -1 for all.
+  long long replacements(const node& n) {
+    const auto count = argument(n, 2, "count");
+    return count ? number_of(n, *count) : -1;
+  }
   template_value replaced_text(const node& n, const marked_text& t, const marked_text& from,
-                               const marked_text& to) const {
+                               const marked_text& to, long long most) const {
     if (from.text.empty()) report_.unsupported(n.line, "replace() of nothing is not supported");
     marked_text out;
     std::size_t done = 0;
-    for (std::size_t at; (at = t.text.find(from.text, done)) != std::string::npos;
-         done = at + from.size()) {
+    for (std::size_t at; most != 0 && (at = t.text.find(from.text, done)) != std::string::npos;
+         done = at + from.size(), --most) {
       out += t.substr(done, at - done);
       out += to;
-      if (out.size() > most_bytes) report_.unsupported(n.line, "the text is too long");
+      check_size(n, out);
     }
     out += t.substr(done);
     return out;
@@ -1261,7 +1306,8 @@ class executor {
         return stripped(t, what ? text_of(n, *what, "chars").text : "", true, true);
       }
       if (name != "replace") return cased(n, t, name);
-      return replaced_text(n, t, text_argument(n, 0, "old"), text_argument(n, 1, "new"));
+      return replaced_text(n, t, text_argument(n, 0, "old"), text_argument(n, 1, "new"),
+                           replacements(n));
     }
     return list_filter(n, v);
   }
@@ -1288,6 +1334,7 @@ class executor {
       for (std::size_t i = 0; i < all.size(); ++i) {
         if (i > 0 && by) joined += to_text(n, *by);
         joined += to_text(n, all[i]);
+        check_size(n, joined);
       }
       return joined;
     }
@@ -1314,7 +1361,8 @@ class executor {
   }
   marked_text json_text(const node& n, const template_value& v) const {
     if (const auto* t = text_in(v)) {
-      const std::string quoted = nlohmann::json(t->text).dump();
+      const std::string quoted =
+          nlohmann::json(t->text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
       return t->has_message() ? marked_text::message(quoted) : marked_text::plain(quoted);
     }
     if (get<none_value>(v) != nullptr) return marked_text::plain("null");
@@ -1328,6 +1376,7 @@ class executor {
       for (const template_value& x : *l) {
         next();
         out += json_text(n, x);
+        check_size(n, out);
       }
       out += marked_text::plain("]");
       return out;
@@ -1338,6 +1387,7 @@ class executor {
         next();
         out += marked_text::plain(nlohmann::json(key).dump() + ": ");
         out += json_text(n, x);
+        check_size(n, out);
       }
       out += marked_text::plain("}");
       return out;

@@ -131,12 +131,12 @@ rope_config read_rope(const json_fields& fields, const model_config& c) {
   }
   const char* type_key = is_missing(scaling, "rope_type") ? "type" : "rope_type";
   const std::string type = is_missing(scaling, type_key) ? "default" : scaling.text(type_key);
-  if (type == "default") return rope;
+  // "dynamic" scales positions behind max_position_embeddings, which are refused.
+  if (type == "default" || type == "dynamic") return rope;
   if (type != "linear" && type != "llama3") {
     refuse_unsupported(scaling, type_key, "\"default\", \"linear\" or \"llama3\"");
   }
   rope.factor = scaling.positive("factor");
-  if (rope.factor < 1) scaling.refuse("factor", "at least 1");
   rope.scaling = rope_scaling::linear;
   if (type == "linear") return rope;
 

@@ -54,8 +54,8 @@ std::vector<layer_row> rows_of(const model_config& config) {
       if (config.quantization) row.format = config.quantization->find(row.name);
       if (row.format != nullptr) {
         row.bytes = static_cast<double>(qeft::storage_of(*row.format).total());
-        row.error = recorded(*config.quantization, row.name, "loss");
-        row.rtn_error = recorded(*config.quantization, row.name, "rtn_loss");
+        row.error = recorded(*config.quantization, row.name, "output_error");
+        row.rtn_error = recorded(*config.quantization, row.name, "rtn_output_error");
       } else {
         row.bytes = 2.0 * static_cast<double>(row.shape.out_channels) *
                     static_cast<double>(row.shape.in_channels);
@@ -106,6 +106,7 @@ nlohmann::ordered_json to_json(const layer_row& r) {
 int run_inspect(const std::string& path, bool json) {
   std::filesystem::path directory = path;
   if (directory.filename() == "config.json") directory = directory.parent_path();
+  if (directory.empty()) directory = ".";
   const model_source source(directory);  // also checks what the checksums tell
   const model_config& config = source.config();
   if (!config.quantization) source.weights().require(expected_tensors(config));

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <set>
+#include <string>
 #include <utility>
 
 #include "elementwise.hpp"
@@ -41,16 +43,32 @@ const char* suffix_of(linear_kind kind) {
   return "mlp.down_proj";
 }
 
+}  // namespace
+
 bool has_bias(const model_config& config, linear_kind kind) {
   if (kind <= linear_kind::v) return config.qkv_bias;
   return kind == linear_kind::o ? config.o_bias : config.mlp_bias;
 }
 
-}  // namespace
-
 model_source::model_source(const std::filesystem::path& directory)
     : config_(read_config(directory)), weights_(directory) {
   settle_head();
+  check_quantised_layers();
+}
+
+/// Layers that config.json describes and the model lacks would be left out without a word.
+void model_source::check_quantised_layers() const {
+  if (!config_.quantization) return;
+  std::set<std::string> known;
+  for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
+    for (const linear_kind kind : all_linears) known.insert(linear_name(l, kind));
+  }
+  for (const auto& [name, unused] : config_.quantization->layers) {
+    if (known.count(name) != 0) continue;
+    fail(errc::corrupt_file, weights_.reader().where() + ": quantization_config lists the layer " +
+                                 name + ", which a model of num_hidden_layers = " +
+                                 std::to_string(config_.num_hidden_layers) + " does not have");
+  }
 }
 
 void model_source::settle_head() {

@@ -40,6 +40,7 @@ class model_source {
 
  private:
   void settle_head();
+  void check_quantised_layers() const;
 
   model_config config_;
   hf_weights weights_;
@@ -83,6 +84,7 @@ struct linear_shape {
   qeft::index_t in_channels;
 };
 linear_shape shape_of(const model_config& config, linear_kind kind);
+bool has_bias(const model_config& config, linear_kind kind);
 
 /// Sees the input of every linear: x is (tokens, IC).
 using activation_tap = std::function<void(linear_kind kind, const float* x, qeft::index_t tokens)>;

@@ -43,6 +43,11 @@ int run_perplexity(const perplexity_options& o) {
   }
   const qeft::on_host exec(o.threads);
   const model_source source(o.model);
+  if (o.seq_len > source.config().max_position_embeddings) {
+    fail(errc::invalid_argument, "perplexity: --seq-len is " + std::to_string(o.seq_len) +
+                                     ", but the model has max_position_embeddings = " +
+                                     std::to_string(source.config().max_position_embeddings));
+  }
   llama_model model(exec, source, o.activations);
   const model_config& config = model.config();
   const tokenizer tok = tokenizer::from_file(o.model + "/tokenizer.json");

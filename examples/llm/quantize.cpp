@@ -55,7 +55,7 @@ json describe(const quantize_options& o) {
   return p;
 }
 
-/// Size and time of the last change of a file, or of the files in a directory.
+/// Size and time of the last change of a file, or of what is read of a model's directory.
 json state_of(const fs::path& path) {
   json state = json::object();
   const auto add = [&](const fs::path& file) {
@@ -67,7 +67,10 @@ json state_of(const fs::path& path) {
     return state;
   }
   for (const auto& entry : fs::directory_iterator(path)) {
-    if (entry.is_regular_file()) add(entry.path());
+    const std::string name = entry.path().filename().string();
+    const bool read = entry.path().extension() == ".safetensors" || name == "config.json" ||
+                      name == "model.safetensors.index.json" || name == "tokenizer.json";
+    if (read && entry.is_regular_file()) add(entry.path());
   }
   return state;
 }
@@ -112,6 +115,7 @@ class quantizer {
     qeft::io::atomic_directory out(o_.out, qeft::io::leftovers::reuse);
     out.keep(o_.keep_partial);
     work_.emplace(out.partial(), fingerprint(o_));
+    out.keep(o_.keep_partial || work_->resumed());  // an error does not cost what a kill left
     check_tensors(source_);
     source_.report_rounding();
     token_windows windows;
@@ -271,7 +275,7 @@ class quantizer {
       }
     }
     result["bits_per_weight"] = 8 * bytes / weights;
-    std::printf("%s\n", result.dump(1).c_str());
+    std::printf("%s\n", result.dump(1, ' ', false, json::error_handler_t::replace).c_str());
   }
 
   quantize_options o_;

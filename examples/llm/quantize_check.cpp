@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "quantize_check.hpp"
 
+#include <algorithm>
+#include <filesystem>
+
 #include "progress.hpp"
 #include "qeft/io/mapped_file.hpp"
 #include "qeft/solver/scalar_choice.hpp"
@@ -71,6 +74,15 @@ std::vector<std::filesystem::path> side_files(const std::filesystem::path& model
     if (!exists(std::filesystem::symlink_status(file, unknown))) continue;
     qeft::io::mapped_file{file};
     found.push_back(file);
+  }
+  const std::filesystem::path templates = model / "additional_chat_templates";
+  if (std::filesystem::is_directory(templates)) {
+    for (const auto& entry : std::filesystem::directory_iterator(templates)) {
+      if (entry.path().extension() != ".jinja") continue;
+      qeft::io::mapped_file{entry.path()};
+      found.push_back(entry.path());
+    }
+    std::sort(found.begin(), found.end());
   }
   return found;
 }

@@ -36,6 +36,22 @@ qeft::reorder_plan reorder(const quantize_options& o, const model_config& config
             static_cast<std::int32_t>(head / repeats * config.head_dim + c % config.head_dim));
       }
     }
+    // What was chosen here is the same in all of them; what another checkpoint has may not be.
+    column_list repeated;
+    for (index_t head = 0; head < config.num_attention_heads; ++head) {
+      for (const std::int32_t c : value) {
+        if (c / config.head_dim == head / repeats) {
+          repeated.push_back(
+              static_cast<std::int32_t>(head * config.head_dim + c % config.head_dim));
+        }
+      }
+    }
+    if (repeated != weak.of(linear_name(l, linear_kind::o))) {
+      qeft::fail(qeft::errc::invalid_argument,
+                 "quantize: --weak-placement per_head needs the same weak columns in all query "
+                 "heads of a value head, but those of " +
+                     linear_name(l, linear_kind::o) + " in --weak-columns-from differ");
+    }
     plan.set(g.value[at], qeft::weak_last_per_head(config.num_key_value_heads * config.head_dim,
                                                    config.num_key_value_heads, value));
   }
@@ -81,7 +97,7 @@ class model_writer {
       const std::string name = linear_name(l, kind);
       add_linear(name, weak_.per_head(kind) ? config_.num_attention_heads : 1);
       const std::string bias = name + ".bias";
-      if (source_.weights().contains(bias)) {
+      if (has_bias(config_, kind)) {
         add_vector(bias, bias, shape_of(config_, kind).out_channels);
       }
     }
@@ -166,7 +182,11 @@ io::quantization_config write_quantized_model(const std::filesystem::path& direc
                                               nlohmann::json provenance) {
   auto written =
       model_writer(options, source, weak, finished).write(directory, std::move(provenance));
-  for (const auto& file : side_files) io::copy_file(file, directory / file.filename());
+  for (const auto& file : side_files) {
+    const std::filesystem::path to = directory / file.lexically_relative(options.model);
+    std::filesystem::create_directories(to.parent_path());
+    io::copy_file(file, to);
+  }
   return written;
 }
 

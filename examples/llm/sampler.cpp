@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -44,8 +45,10 @@ void sampler::penalise(std::vector<float>& logits) const {
   if (options_.repetition_penalty == 1) return;
   for (std::size_t i = 0; i < std::min(seen_.size(), logits.size()); ++i) {
     if (!seen_[i]) continue;
-    logits[i] = logits[i] < 0 ? logits[i] * options_.repetition_penalty
-                              : logits[i] / options_.repetition_penalty;
+    const float penalised = logits[i] < 0 ? logits[i] * options_.repetition_penalty
+                                          : logits[i] / options_.repetition_penalty;
+    constexpr float largest = std::numeric_limits<float>::max();
+    logits[i] = std::clamp(penalised, -largest, largest);
   }
 }
 

@@ -35,7 +35,8 @@ work_directory::work_directory(const fs::path& parent, const json& fingerprint)
 }
 
 void work_directory::store(const std::string& name, const json& value) const {
-  io::write_text_file(path_ / (name + ".json"), value.dump());
+  io::write_text_file(path_ / (name + ".json"),
+                      value.dump(-1, ' ', false, json::error_handler_t::replace));
 }
 
 std::optional<json> work_directory::load(const std::string& name) const {

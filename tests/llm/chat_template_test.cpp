@@ -151,8 +151,21 @@ TEST_CASE("what is not understood is refused by name and line") {
   for (int i = 0; i < 5; ++i) loops += "{% for i in range(1000) %}";
   for (int i = 0; i < 5; ++i) loops += "{% endfor %}";
   CHECK(refused(loops, "it does not come to an end"));
+  const std::string space = "{% set ns = namespace(x='a', l=[]) %}";
+  std::string doubled = space;
+  for (int i = 0; i < 60; ++i) doubled += "{% set ns.x = ns.x + ns.x %}";
+  CHECK(refused(doubled, "it does not come to an end"));
+  CHECK(refused(space + "{% for i in range(100) %}{% set ns.l = [ns.l] %}{% endfor %}",
+                "such deep nesting"));
+  CHECK(refused(space + "{% set ns.x = [ns] %}{{ ns|tojson }}", "such deep nesting"));
   CHECK(throws_with(errc::invalid_argument, {"'x' is undefined, but .y of it"},
                     [] { rendered("{{ x.y }}", hello); }));
+}
+
+TEST_CASE("line ends and counted replacements are those of jinja2") {
+  CHECK(rendered("a\r\nb\rc\n", hello) == "a\nb\nc");
+  CHECK(rendered("{{ 'aXbXc'.replace('X', 'y', 1) }}{{ 'XX'|replace('X', 'z', 0) }}", hello) ==
+        "aybXcXX");
 }
 
 TEST_CASE("where a model's template is found") {

@@ -157,6 +157,10 @@ TEST_CASE("OPTQ beats RTN on every layer, and inspect says so") {
   }
   CHECK(layers == 14);
   CHECK(mentions(run("inspect " + w.at("out")).text, {"E/RTN"}));
+  const json inspected = json::parse(run("inspect --json " + w.at("out")).text);
+  for (const json& layer : inspected.at("layers")) {
+    CHECK(layer.at("error").get<double>() < layer.at("rtn_error").get<double>());
+  }
   CHECK(run("inspect " + w.at("out") + " >/dev/full").status == 1);
 }
 

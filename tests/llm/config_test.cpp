@@ -111,6 +111,8 @@ TEST_CASE("rotary scaling in its spellings", "[llm]") {
       parse(with({{"rope_parameters", {{"rope_type", "default"}, {"rope_theta", 7.0}}}})).rope;
   CHECK(plain.scaling == rope_scaling::none);
   CHECK(plain.theta == 7);
+  const json dynamic = {{"type", "dynamic"}, {"factor", 2.0}};
+  CHECK(parse(with({{"rope_scaling", dynamic}})).rope.scaling == rope_scaling::none);
   const rope_config bare = parse(with({{"rope_parameters", {{"rope_theta", 5e4}}}})).rope;
   CHECK(bare.scaling == rope_scaling::none);
   CHECK(bare.theta == 5e4);
@@ -253,8 +255,7 @@ TEST_CASE("what breaks a rule is refused by key, value and rule", "[llm]") {
       {with({{"rope_parameters", {{"rope_theta", "1e4"}}}}), "rope_theta is \"1e4\""},
       {with({{"rope_scaling", {{"rope_type", nullptr}}}}), "rope_type is missing"},
       {with({{"rope_scaling", {{"type", "linear"}}}}), "rope_scaling: factor is missing"},
-      {with({{"rope_scaling", {{"type", "linear"}, {"factor", 0.5}}}}),
-       "factor is 0.5, but must be at least 1"},
+      {with({{"rope_scaling", {{"type", "linear"}, {"factor", 0}}}}), "factor is 0"},
       {llama3_with({{"factor", nullptr}}), "factor is missing"},
       {llama3_with({{"low_freq_factor", 0}}), "low_freq_factor is 0"},
       {llama3_with({{"high_freq_factor", 1.0}}), "high_freq_factor is 1.0"},
@@ -278,7 +279,7 @@ TEST_CASE("what breaks a rule is refused by key, value and rule", "[llm]") {
       {with({{"model_type", "gemma2"}}), "model_type is \"gemma2\", but only"},
       {with({{"hidden_act", "gelu"}}), "hidden_act is \"gelu\", but only \"silu\""},
       {with({{"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4}}}}), "rope_type is \"yarn\""},
-      {with({{"rope_scaling", {{"type", "dynamic"}, {"factor", 4}}}}), "type is \"dynamic\""},
+      {with({{"rope_scaling", {{"type", "longrope"}, {"factor", 4}}}}), "type is \"longrope\""},
       {with({{"rope_parameters", {{"rope_type", "default"}, {"partial_rotary_factor", 0.5}}}}),
        "partial_rotary_factor is 0.5"},
       {with({{"partial_rotary_factor", 0.5}}), "partial_rotary_factor is 0.5"},

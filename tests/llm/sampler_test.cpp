@@ -114,6 +114,19 @@ TEST_CASE("extreme temperatures do not overflow") {
   CHECK(sampler(o).next(logits) < 3);
 }
 
+TEST_CASE("extreme penalties do not overflow") {
+  sampling_options o;
+  o.temperature = 1;
+  for (const float penalty : {1e-40F, 3e38F}) {
+    o.repetition_penalty = penalty;
+    sampler draw(o);
+    draw.see(0);
+    draw.see(1);
+    std::vector<float> logits = {5, -5, 1};
+    CHECK(draw.next(logits) == (penalty < 1 ? 0 : 2));
+  }
+}
+
 TEST_CASE("sampling options out of range are refused by name") {
   const auto refused = [](const char* message, const auto& change) {
     sampling_options o;

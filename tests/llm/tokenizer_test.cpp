@@ -342,6 +342,10 @@ TEST_CASE("time to find added tokens does not depend on their number or length")
   const std::string text(1000000, '<');
   CHECK(from(document).encode(text).size() == text.size());
   CHECK(from(document).encode("a<<<<<<<<123") == token_ids{'a', 263 + 123});
+  json spaces = small_document();
+  spaces["added_tokens"].push_back(
+      {{"id", 263}, {"content", " "}, {"special", false}, {"lstrip", true}, {"rstrip", true}});
+  CHECK(from(spaces).encode(std::string(1000000, ' ')) == token_ids{263});
 }
 
 TEST_CASE("what the steps make of a text is bounded") {

@@ -74,9 +74,9 @@ inline void set_disposition(int number, void (*handler)(int)) noexcept {
 
 }  // namespace detail
 
-/// While it lives, SIGINT, SIGTERM, SIGHUP, SIGXCPU and SIGPIPE remove what atomic_file and
-/// atomic_directory have not finished (but see atomic_directory::keep), with the parents created
-/// for it, and then end the process as before: a shell sees 128 + the number. Those that were
+/// While it lives, SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGXCPU, SIGPIPE and those with which batch
+/// systems announce the end (SIGUSR1, SIGUSR2, SIGALRM) remove what atomic_file and atomic_directory
+/// have not finished (but see atomic_directory::keep), with the parents created for it, and then end the process as before: a shell sees 128 + the number. Those that were
 /// ignored at the start, as under nohup, stay ignored. A second signal ends the process at once.
 /// SIGXFSZ is ignored, so that a file that becomes too large is an error of its writer.
 ///
@@ -96,7 +96,8 @@ class signal_cleanup {
     read_end_ = ends[0];
     signal_pipe.store(ends[1]);
     detail::process_files::instance();
-    for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGPIPE, SIGBUS}) {
+    for (const int number :
+         {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGXCPU, SIGPIPE, SIGBUS}) {
       struct sigaction old {};
       if (::sigaction(number, nullptr, &old) == 0 && old.sa_handler == SIG_DFL) {
         struct sigaction action {};

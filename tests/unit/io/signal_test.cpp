@@ -68,7 +68,8 @@ void wait_for_the_end() {
 TEST_CASE("signals remove what is unfinished, and the process dies of them", "[io]") {
   const temporary_directory dir;
   write_all(dir / "old", "old");
-  for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGPIPE}) {
+  for (const int number :
+       {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGXCPU, SIGPIPE}) {
     INFO(number);
     const ending end = run_child(
         [&](const signal_cleanup&) {
