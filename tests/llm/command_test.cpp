@@ -173,7 +173,7 @@ TEST_CASE("weak columns of another checkpoint are taken over, or refused at once
                            " --weak-columns-from ";
   CHECK(w.refused(run("quantize" + rest + w.at("scattered")), {"share them", "--reorder"}));
   CHECK(w.refused(run("quantize" + rest + w.at("base") + " --weak-placement per_head"),
-                  {"every head must hold equally many"}));
+                  {"per_head needs the same weak columns", "o_proj"}));
   CHECK(w.refused(run("quantize" + rest + w.at("nowhere")), {"nowhere"}));
   CHECK(w.refused(run("quantize" + rest + w.at("model")), {"has no quantised layer"}));
   CHECK(run("quantize" + rest + w.at("base") + " --weak-columns 4").status != 0);
@@ -382,6 +382,21 @@ TEST_CASE("what a model or directory lacks is said before any layer is quantised
   w.copy("damaged");
   fs::create_symlink("nowhere", w.dir / "damaged" / "merges.txt");
   CHECK(refused_early({"merges.txt"}));
+}
+
+TEST_CASE("biases that the configuration does not have are left out") {
+  const workplace w;
+  reference_model more = w.model;
+  more.config.qkv_bias = true;
+  for (const tensor_spec& spec : expected_tensors(more.config)) {
+    if (more.tensors.count(spec.name) == 0) {
+      more.tensors[spec.name].assign(static_cast<std::size_t>(spec.shape[0]), NAN);
+    }
+  }
+  write_tensors(w.copy("more"), more, dtype::f32);
+  REQUIRE(run(w.quantize("more")).status == 0);
+  const qeft::io::safetensors_reader out(w.dir / "out");
+  CHECK_FALSE(out.contains("model.layers.0.self_attn.q_proj.bias"));
 }
 
 TEST_CASE("activations that are not finite are the model's, in a layer") {
