@@ -101,7 +101,7 @@ std::vector<int> encode_prompt(const tokenizer& tok, const generate_options& o) 
 /// What a run gives, on its way to stdout.
 class answer {
  public:
-  answer(const tokenizer& tok, bool json) : decoder_(tok), json_(json) {}
+  answer(const tokenizer& tok, bool as_json) : decoder_(tok), json_(as_json) {}
 
   void add(int token) {
     tokens_.push_back(token);
