@@ -486,8 +486,9 @@ TEST_CASE("options that make no sense are refused by name") {
   CHECK(
       w.refused(run("generate" + model + " --prompt a --temperature -1"), {"--temperature is -1"}));
   CHECK(w.refused(run("generate" + model + " --chat --prompt a"), {"ChatML"}));
-  CHECK(w.refused(run("perplexity" + model + " --text " + w.at("none")), {"none", "No such file"}));
-  CHECK(w.refused(run("perplexity" + model + " --text " + w.at("model")),
+  CHECK(w.refused(run("perplexity --seq-len 64" + model + " --text " + w.at("none")),
+                  {"none", "No such file"}));
+  CHECK(w.refused(run("perplexity --seq-len 64" + model + " --text " + w.at("model")),
                   {"model", "not a regular file"}));
   CHECK(run("perplexity" + model + " --text " + w.at("text") + " --tokens -5").status != 0);
   CHECK(w.refused(run("perplexity" + model + " --text " + w.at("text") + " --seq-len 5000"),
