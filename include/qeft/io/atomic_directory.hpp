@@ -65,9 +65,8 @@ class atomic_directory {
   /// Opens or creates the partial directory of `path`. Everything that commit() needs is checked
   /// here, before any work. Missing parents are created.
   /// @throws errc::io_error naming `path` when it exists and is not an empty directory, when
-  /// another
-  ///         atomic_directory of this destination lives, in this process or another, or when the
-  ///         system refuses; then nothing is left
+  ///         another atomic_directory of this destination lives, in this process or another, or
+  ///         when the system refuses; then nothing is left
   explicit atomic_directory(const std::filesystem::path& path, leftovers left = leftovers::remove) {
     std::error_code failure;
     path_ = std::filesystem::absolute(path, failure).lexically_normal();  // fails for ""

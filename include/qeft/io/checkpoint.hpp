@@ -114,6 +114,7 @@ inline void add_linear(safetensors_writer& writer, const std::string& name,
                        const quantized_matrix<layout::row_packed>& matrix,
                        const std::vector<std::int32_t>& weak_index) {
   const matrix_descriptor& d = matrix.descriptor();
+  validate(d).throw_if_error();  // false for what was moved from
   const std::string broken = detail::weak_index_error(weak_index, d);
   if (!broken.empty()) {
     fail(errc::invalid_argument, "add_linear: " + name + ": " + broken);

@@ -9,7 +9,8 @@
 
 namespace qeft::io {
 
-/// Receives one line without its end. May be called from any thread.
+/// Receives one line without its end. May be called from any thread, also while a signal ends the
+/// process: then threads that were stopped may hold the locks of stdio, so it must write without it.
 using notice_handler = void (*)(const std::string& text);
 
 /// One for the whole program, whatever its units are compiled for.

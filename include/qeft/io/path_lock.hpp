@@ -35,7 +35,7 @@ class path_lock {
   ///         when nothing is at `path`, or no longer what was locked; else the errno of open or
   ///         flock, as on file systems without locks
   int try_acquire(const std::filesystem::path& path) {
-    return hold(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW), path);
+    return hold(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK), path);
   }
   /// The same for a file that is open; it may be closed afterwards.
   int try_acquire(int open_file, const std::filesystem::path& path) {

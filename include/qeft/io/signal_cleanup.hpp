@@ -75,10 +75,12 @@ inline void set_disposition(int number, void (*handler)(int)) noexcept {
 }  // namespace detail
 
 /// While it lives, SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGXCPU, SIGPIPE and those with which batch
-/// systems announce the end (SIGUSR1, SIGUSR2, SIGALRM) remove what atomic_file and atomic_directory
-/// have not finished (but see atomic_directory::keep), with the parents created for it, and then end the process as before: a shell sees 128 + the number. Those that were
+/// systems announce the end (SIGUSR1, SIGUSR2, SIGALRM) remove what atomic_file and
+/// atomic_directory have not finished (but see atomic_directory::keep), with the parents created
+/// for it, and then end the process as before: a shell sees 128 + the number. Those that were
 /// ignored at the start, as under nohup, stay ignored. A second signal ends the process at once.
-/// SIGXFSZ is ignored, so that a file that becomes too large is an error of its writer.
+/// SIGXFSZ is ignored from then on, so that a file that becomes too large is an error of its
+/// writer.
 ///
 /// SIGBUS inside a mapped_file, because the file was shortened by somebody or its disk failed, ends
 /// the process in the same way with a notice that names the file and exit status 1; elsewhere it
@@ -138,8 +140,8 @@ class signal_cleanup {
     for (const int number : handled_) {
       if (!detail::is_fault(number)) detail::set_disposition(number, SIG_DFL);
     }
-    // Notices may go to the pipe that broke.
-    if (message.number == SIGPIPE) detail::set_disposition(SIGPIPE, SIG_IGN);
+    // Notices may go to a pipe that broke, whatever the signal: Ctrl-C ends its reader too.
+    detail::set_disposition(SIGPIPE, SIG_IGN);
     detail::process_files& all = detail::process_files::instance();
     all.mutex.lock();  // for good: nothing is created, finished or given up any more
     std::filesystem::path damaged;

@@ -80,7 +80,9 @@ inline matrix_descriptor describe(index_t out_channels, index_t in_channels,
 
 /// Throws when an option breaks its rule for a layer of this shape.
 inline void check(const layer_options& o, index_t out_channels, index_t in_channels) {
-  validate(detail::describe(out_channels, in_channels, o)).throw_if_error();
+  const matrix_descriptor d = detail::describe(out_channels, in_channels, o);
+  validate(d).throw_if_error();
+  validate_weak_index(o.weak_columns, d.weak_columns, in_channels).throw_if_error();
   check(o.search);
   check(o.damping);
   if (o.tuning.block_columns < 1 || o.tuning.tile_rows < 1) {

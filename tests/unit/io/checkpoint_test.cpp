@@ -400,6 +400,12 @@ TEST_CASE("a format edited by hand is refused, whatever the sizes", "[io]") {
   CHECK_THAT(e.message, contains("\"weak\":\"indexed\""));
 }
 
+TEST_CASE("a matrix that was moved from is refused", "[io]") {
+  safetensors_writer writer;
+  const matrix empty;
+  CHECK(catch_error([&] { add_linear(writer, "l", empty, {}); }).code == errc::invalid_argument);
+}
+
 TEST_CASE("read_linear finds the layer in the quantization_config", "[io]") {
   temporary_directory dir;
   const small_layer layer;

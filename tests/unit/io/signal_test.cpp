@@ -124,6 +124,24 @@ TEST_CASE("a signal that is ignored at the start stays ignored", "[io]") {
   CHECK(dir.files() == names{"out"});
 }
 
+TEST_CASE("a notice that nobody reads any more holds nothing up", "[io]") {
+  const temporary_directory dir;
+  static int broken = -1;
+  const ending end = run_child([&](const signal_cleanup&) {
+    std::array<int, 2> ends{};
+    if (::pipe(ends.data()) != 0) ::_exit(3);
+    ::close(ends[0]);
+    broken = ends[1];
+    set_notice_handler([](const std::string& text) { ::dprintf(broken, "%s\n", text.c_str()); });
+    atomic_directory out(dir / "out");
+    out.keep();
+    ::kill(::getpid(), SIGINT);
+    wait_for_the_end();
+  });
+  CHECK(end.signalled);
+  CHECK(end.number == SIGINT);
+}
+
 TEST_CASE("what is to be kept stays, with a notice", "[io]") {
   const temporary_directory dir;
   const ending end = run_child([&](const signal_cleanup&) {
