@@ -144,7 +144,7 @@ class suite:
         model = self.work / "config_python_json"
         if os.geteuid() == 0:
             status, text = run(["bash", self.cases / "output_directory_is_a_mount_point.sh", self.llm, model, self.text])
-            report("output_directory_is_a_mount_point.sh",
+            report("output_directory_is_a_mount_point.sh", text.startswith("mount:") or  # is not allowed here
                    "config.json" in text or "exit code 1" in text and "quantising:" not in text, text)
         if self.model is not None:
             out = self.work / "interrupted"
