@@ -10,7 +10,7 @@
 set -u
 exec </dev/null
 case "${1-}" in
-  -h | --help) sed -n '3,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+  -h | --help) sed -n '3,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
 esac
 configurations=("$@")
 [ $# -gt 0 ] || configurations=(gcc clang thread)
