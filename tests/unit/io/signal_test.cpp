@@ -134,12 +134,13 @@ TEST_CASE("a notice that nobody reads any more holds nothing up", "[io]") {
     broken = ends[1];
     set_notice_handler([](const std::string& text) { ::dprintf(broken, "%s\n", text.c_str()); });
     atomic_directory out(dir / "out");
+    write_text_file(out.partial() / "file", "x");
     out.keep();
-    ::kill(::getpid(), SIGINT);
+    ::kill(::getpid(), SIGTERM);
     wait_for_the_end();
   });
   CHECK(end.signalled);
-  CHECK(end.number == SIGINT);
+  CHECK(end.number == SIGTERM);
 }
 
 TEST_CASE("what is to be kept stays, with a notice", "[io]") {
