@@ -114,7 +114,9 @@ prepare_data 2>&1 | tail -n 5
 for configuration in "${configurations[@]}"; do
   only=()
   case "$configuration" in
-    gcc) build_and_test gcc g++ -DCMAKE_CXX_STANDARD=17 ;;
+    gcc)
+      build_and_test gcc g++ -DCMAKE_CXX_STANDARD=17 -DCMAKE_CXX_FLAGS_RELEASE='-O2 -DNDEBUG'
+      ;;
     clang)
       build_and_test clang clang++ -DCMAKE_CXX_STANDARD=20 -DQEFT_CUDA=OFF -DQEFT_SANITIZE=ON \
         -DQEFT_BUILD_BENCH=OFF -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1

@@ -36,7 +36,8 @@ std::vector<tensor_spec> expected_tensors(const model_config& c) {
   const index_t key_value = c.num_key_value_heads * c.head_dim;
   std::vector<tensor_spec> all;
   const auto linear = [&](const std::string& name, index_t out, index_t in, bool bias) {
-    all.push_back({name + ".weight", {out, in}});
+    const bool quantized = c.quantization && c.quantization->find(name) != nullptr;
+    if (!quantized) all.push_back({name + ".weight", {out, in}});
     if (bias) all.push_back({name + ".bias", {out}});
   };
   all.push_back({"model.embed_tokens.weight", {c.vocab_size, c.hidden_size}});

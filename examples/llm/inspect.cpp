@@ -12,6 +12,7 @@
 #include "config.hpp"
 #include "llama.hpp"
 #include "qeft/container/matrix_descriptor.hpp"
+#include "qeft/io/checkpoint.hpp"
 
 namespace qeft_llm {
 
@@ -109,9 +110,13 @@ int run_inspect(const std::string& path, bool json) {
   if (directory.empty()) directory = ".";
   const model_source source(directory);  // also checks what the checksums tell
   const model_config& config = source.config();
-  if (!config.quantization) source.weights().require(expected_tensors(config));
+  source.weights().require(expected_tensors(config));
 
   const std::vector<layer_row> rows = rows_of(config);
+  for (const layer_row& r : rows) {
+    if (r.format == nullptr) continue;
+    qeft::io::read_linear(source.weights().reader(), r.name, *config.quantization);  // throws
+  }
   double weights = 0;
   double bytes = 0;
   for (const layer_row& r : rows) {

@@ -289,7 +289,7 @@ void block_forward(const qeft::on_host& exec, const model_config& config, const 
 llama_model::llama_model(const qeft::on_host& exec, const model_source& source,
                          activation_type activations)
     : exec_(exec), config_(source.config()) {
-  if (!config_.quantization) source.weights().require(expected_tensors(config_));
+  source.weights().require(expected_tensors(config_));
   embedding_ =
       linear(exec, source.matrix("model.embed_tokens", config_.vocab_size, config_.hidden_size));
   for (index_t l = 0; l < config_.num_hidden_layers; ++l) {

@@ -34,6 +34,17 @@ work_directory::work_directory(const fs::path& parent, const json& fingerprint)
   if (!resumed_) store("fingerprint", fingerprint);
 }
 
+template <class Read>
+auto work_directory::readable(const Read& read) const {
+  try {
+    return read();
+  } catch (const std::exception& e) {
+    qeft::fail(qeft::errc::corrupt_file, std::string(e.what()) + "; remove " +
+                                             path_.parent_path().string() +
+                                             " to quantise from the start");
+  }
+}
+
 void work_directory::store(const std::string& name, const json& value) const {
   io::write_text_file(path_ / (name + ".json"),
                       value.dump(-1, ' ', false, json::error_handler_t::replace));
@@ -42,7 +53,7 @@ void work_directory::store(const std::string& name, const json& value) const {
 std::optional<json> work_directory::load(const std::string& name) const {
   const fs::path file = path_ / (name + ".json");
   if (!fs::exists(file)) return std::nullopt;
-  return io::load_json(file);
+  return readable([&] { return io::load_json(file); });
 }
 
 fs::path work_directory::file_of(const std::string& linear) const {
@@ -63,12 +74,15 @@ void work_directory::store_linear(const std::string& name, const finished_linear
 bool work_directory::has_linear(const std::string& name) const { return fs::exists(file_of(name)); }
 
 finished_linear work_directory::load_linear(const std::string& name) const {
-  const io::safetensors_reader reader(file_of(name));
-  reader.verify_checksum();
-  const json description =
-      io::parse_json(reader.files().front().metadata().at("description"), reader.where());
-  io::quantization_config config = io::quantization_config_from_json(description, reader.where());
-  return {io::read_linear(reader, name, config).matrix, std::move(config.provenance)};
+  return readable([&] {
+    const io::safetensors_reader reader(file_of(name));
+    reader.verify_checksum();
+    const json description =
+        io::parse_json(reader.files().front().metadata().at("description"), reader.where());
+    io::quantization_config config = io::quantization_config_from_json(description, reader.where());
+    return finished_linear{io::read_linear(reader, name, config).matrix,
+                           std::move(config.provenance)};
+  });
 }
 
 void work_directory::remove() const { fs::remove_all(path_); }

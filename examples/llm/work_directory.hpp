@@ -32,6 +32,7 @@ class work_directory {
   void store(const std::string& name, const nlohmann::json& value) const;
   std::optional<nlohmann::json> load(const std::string& name) const;
 
+  /// load() and load_linear() throw qeft::error when a file is damaged.
   void store_linear(const std::string& name, const finished_linear& linear) const;
   bool has_linear(const std::string& name) const;
   finished_linear load_linear(const std::string& name) const;
@@ -41,6 +42,9 @@ class work_directory {
 
  private:
   std::filesystem::path file_of(const std::string& linear) const;
+  /// read(), whose errors also say what to remove.
+  template <class Read>
+  auto readable(const Read& read) const;
 
   std::filesystem::path path_;
   bool resumed_ = false;

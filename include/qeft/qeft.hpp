@@ -3,6 +3,7 @@
 // nlohmann-json: include their headers by name.)
 #pragma once
 
+#include "qeft/container/copy_rows.hpp"
 #include "qeft/container/matrix_descriptor.hpp"
 #include "qeft/container/pack.hpp"
 #include "qeft/container/quantized_matrix.hpp"

@@ -236,6 +236,11 @@ TEST_CASE("a work directory keeps finished layers for the same quantisation only
     CHECK(equal(back.matrix.codes(), m.codes()));
     CHECK(equal(back.matrix.weak(), m.weak()));
     CHECK_FALSE(fs::exists(parent / "model.safetensors.1.tmp"));
+    write_all(work.path() / "a.b.safetensors", "damaged");
+    write_all(work.path() / "blocks.json", "{");
+    const std::string advice = "remove " + parent.string() + " to quantise from the start";
+    CHECK_THROWS_WITH(work.load_linear("a.b"), contains(advice));
+    CHECK_THROWS_WITH(work.load("blocks"), contains(advice));
   }
   {
     const work_directory work(parent, {{"bits", 3}});

@@ -98,6 +98,14 @@ TEST_CASE("quantize, inspect, perplexity and generate work on one another's resu
   const outcome table = run("inspect " + w.at("out"));
   CHECK(table.status == 0);
   CHECK(mentions(table.text, {"model.layers.1.mlp.down_proj", "tail", "bits per weight"}));
+  fs::copy(w.dir / "out", w.dir / "edited");
+  json config = json::parse(read_all(w.dir / "edited/config.json"));
+  config["mlp_bias"] = true;
+  write_all(w.dir / "edited/config.json", config.dump());
+  const outcome edited = run("inspect " + w.at("edited"));
+  CHECK(edited.status == 1);
+  CHECK(mentions(edited.text, {"model.layers.1.mlp.down_proj.bias"}));
+  fs::remove_all(w.dir / "edited");
 
   // The letters are the ids, so the reference sees the windows that the command sees.
   double loss = 0;

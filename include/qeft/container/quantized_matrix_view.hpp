@@ -39,7 +39,7 @@ struct quantized_matrix_view {
   Weak weak;                       // k, and where the weak columns are
   const std::uint32_t* codes;      // placed by Layout, as everything that follows
   const scalar_type* scales;       // null when there are no groups
-  const zero_type* zeros;          // words of packed fields, or scalars; null for symmetric formats
+  const zero_type* zeros;          // words of packed fields, or scalars; unused when symmetric
   const scalar_type* weak_values;  // null when k = 0
 
   /// k

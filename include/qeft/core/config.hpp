@@ -46,9 +46,12 @@ Units without them may be linked with units that have them. nvcc's -use_fast_mat
 // Everything called is inlined too, so that no function of the standard library's is compiled for
 // this unit's instruction set and then shared by all.
 #define QEFT_FLATTEN __attribute__((flatten))
+// Asks for the cache line at an integer address, which may be any.
+#define QEFT_PREFETCH(address) __builtin_prefetch(reinterpret_cast<const void*>(address))
 #else
 #define QEFT_COLD
 #define QEFT_FLATTEN
+#define QEFT_PREFETCH(address) static_cast<void>(address)
 #endif
 
 // A process may be copied without its threads.

@@ -68,7 +68,6 @@ inline std::uint32_t largest_magnitude(const float* x, index_t count) {
 
 /// Activation policy: FP32 arithmetic.
 struct exact {
-  static constexpr const char* name = "exact";
   using value_type = float;
   static constexpr index_t columns_together = 1;
 

@@ -59,7 +59,6 @@ void multiply_int8_block(const std::uint32_t* panel, index_t column_tiles, const
 /// (norm-wise) in chunks of 128 columns and 0.5 % in groups of 32, whatever the code width. An
 /// outlier in a dense column makes the step of its chunk as much larger: then use exact.
 struct int8 {
-  static constexpr const char* name = "int8";
   using value_type = std::int8_t;
   static constexpr index_t columns_together = 4;
 

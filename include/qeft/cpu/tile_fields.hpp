@@ -19,7 +19,6 @@ struct tile_fields {
   using planes = bit_planes<Bits>;
   static_assert(planes::count <= 2, "qeft::cpu::tile_fields: at most two bit planes");
 
-  static constexpr int columns = 32;
   static constexpr int wide = planes::width(0);  // bits
   static constexpr int narrow = planes::count == 2 ? planes::width(1) : 0;
   /// Words of fields made of one stored word; their columns alternate.

@@ -68,15 +68,6 @@ struct packed_array {
     const index_t bit = i * planes::width(p);
     return {first + bit / 32, static_cast<int>(bit % 32)};
   }
-
-  /// locate for one code, as gather_code and scatter_code want it.
-  struct place {
-    index_t i;
-    index_t count;
-    QEFT_HOST_DEVICE constexpr code_address operator()(int p) const noexcept {
-      return locate(p, i, count);
-    }
-  };
 };
 
 /// Reads a code whose planes `locate(p)` finds.

@@ -164,7 +164,8 @@ class atomic_directory {
     }
     int code = ENOENT;
     bool fresh = false;
-    while (code == ENOENT) {  // a run that ends at this moment takes the directory away
+    // A run that ends at this moment takes the directory away.
+    for (int tries = 0; code == ENOENT && tries < 100; ++tries) {
       fresh = std::filesystem::create_directory(partial, failure);
       if (failure) give_up("cannot create " + partial.string() + ": " + failure.message());
       code = lock_.try_acquire(partial);

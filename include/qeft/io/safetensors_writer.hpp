@@ -201,7 +201,7 @@ class safetensors_writer {
     std::uint64_t checksum = 0;
     for (const entry* t : tensors) checksum += write_tensor(file, *t);
     // The checksum is known only now; its place in the header holds zeros. No other key can end
-    // with its name (see the constructor).
+    // with its name (see set_metadata).
     const std::string mark = std::string(checksum_key) + "\":\"";
     file.overwrite(static_cast<long>(8 + head.find(mark) + mark.size()), to_hex(checksum));
   }

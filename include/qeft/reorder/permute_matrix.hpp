@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "qeft/container/quantized_matrix.hpp"
+#include "qeft/container/copy_rows.hpp"
 #include "qeft/reorder/permutation.hpp"
 
 namespace qeft {
@@ -21,22 +21,16 @@ inline quantized_matrix<layout::row_packed> permute_rows(
     fail(errc::invalid_argument, text("permute_rows: the permutation has ", p.size(),
                                       " entries, but out_channels is ", d.out_channels));
   }
+  if (d.out_channels == 0) return {};  // made without arguments, or moved from
   quantized_matrix<layout::row_packed> result(d, w.weak_index());
-  const auto move_rows = [&](span<const std::byte> from, span<std::byte> to) {
-    const index_t row = from.size() / d.out_channels;
-    for (index_t n = 0; n < d.out_channels && row > 0; ++n) {
-      std::memcpy(to.data() + n * row, from.data() + p[n] * row, static_cast<std::size_t>(row));
-    }
-  };
-  move_rows(w.codes(), result.codes());
-  move_rows(w.weak(), result.weak());
-  // Packed zero points are not aligned to rows.
-  for (index_t n = 0; n < d.out_channels; ++n) {
-    for (index_t g = 0; g < d.groups(); ++g) {
-      const stored_params params = w.read_params(p[n], g);
-      result.write_params(n, g, params.scale_bits, params.zero);
-    }
+  const index_t row = w.codes().size() / d.out_channels;
+  for (index_t n = 0; n < d.out_channels && row > 0; ++n) {
+    std::memcpy(result.codes().data() + n * row, w.codes().data() + p[n] * row,
+                static_cast<std::size_t>(row));
   }
+  const auto source = [&](index_t n) { return index_t{p[n]}; };
+  detail::copy_params(w, result, source);
+  detail::copy_weak(w, result, 0, d.out_channels, source);
   return result;
 }
 
