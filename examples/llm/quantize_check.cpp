@@ -95,7 +95,8 @@ void check_tensors(const model_source& source) {
   for (const tensor_spec& t : tensors) {
     if (t.shape.size() == 1) {
       source.vector(t.name, t.shape[0]);
-    } else if (t.shape[0] == config.vocab_size) {  // embedding and head stay in full precision
+    } else if (t.name == "model.embed_tokens.weight" || t.name == "lm_head.weight") {
+      // They stay in full precision.
       source.matrix(t.name.substr(0, t.name.rfind(".weight")), t.shape[0], t.shape[1]);
     } else {
       check_range(t, source.weights().read(t.name, t.shape));

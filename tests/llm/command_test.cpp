@@ -92,8 +92,11 @@ struct workplace {
 
 TEST_CASE("quantize, inspect, perplexity and generate work on one another's results") {
   const workplace w;
+  fs::create_directory(w.dir / "model/additional_chat_templates");
+  write_all(w.dir / "model/additional_chat_templates/tool.jinja", "{{ messages }}");
   REQUIRE(run(w.quantize()).status == 0);
   CHECK(w.dir.files() == std::vector<std::string>{"model", "out", "text"});
+  CHECK(read_all(w.dir / "out/additional_chat_templates/tool.jinja") == "{{ messages }}");
 
   const outcome table = run("inspect " + w.at("out"));
   CHECK(table.status == 0);
@@ -102,9 +105,16 @@ TEST_CASE("quantize, inspect, perplexity and generate work on one another's resu
   json config = json::parse(read_all(w.dir / "edited/config.json"));
   config["mlp_bias"] = true;
   write_all(w.dir / "edited/config.json", config.dump());
-  const outcome edited = run("inspect " + w.at("edited"));
-  CHECK(edited.status == 1);
-  CHECK(mentions(edited.text, {"model.layers.1.mlp.down_proj.bias"}));
+  const outcome biased = run("inspect " + w.at("edited"));
+  CHECK(biased.status == 1);
+  CHECK(mentions(biased.text, {"model.layers.1.mlp.down_proj.bias"}));
+  config.erase("mlp_bias");
+  json& layers = config["quantization_config"]["layers"];
+  layers["model.layers.2.mlp.down_proj"] = layers["model.layers.1.mlp.down_proj"];
+  write_all(w.dir / "edited/config.json", config.dump());
+  const outcome larger = run("inspect " + w.at("edited"));
+  CHECK(larger.status == 1);
+  CHECK(mentions(larger.text, {"model.layers.2.mlp.down_proj", "num_hidden_layers = 2"}));
   fs::remove_all(w.dir / "edited");
 
   // The letters are the ids, so the reference sees the windows that the command sees.

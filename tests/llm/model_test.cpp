@@ -350,6 +350,20 @@ TEST_CASE("a killed quantisation goes on where it was, to the same bytes") {
   CHECK(other_model != after_leftovers);
 }
 
+TEST_CASE("an error does not cost what a killed run left") {
+  const temporary_directory dir;
+  write_small_model(dir / "model", llama, 4);
+  quantize_options o = tiny_quantization(dir / "model", dir / "out", dir / "text");
+  run_and_die(o, "block 0");
+  struct interruption {};
+  o.after_step = [](const std::string&) { throw interruption(); };
+  CHECK_THROWS_AS(run_quantize(o), interruption);
+  std::vector<std::string> steps;
+  o.after_step = [&](const std::string& step) { steps.push_back(step); };
+  REQUIRE(run_quantize(o) == 0);
+  CHECK(steps.front() == linear_name(1, linear_kind::k));  // q was finished when the error came
+}
+
 TEST_CASE("finished layers stay when asked for") {
   const temporary_directory dir;
   write_small_model(dir / "model", llama, 4);

@@ -12,6 +12,7 @@
 
 #if defined(QEFT_HAS_POSIX_FILES)
 #include <sys/resource.h>
+#include <sys/stat.h>
 
 #include <csignal>
 #endif
@@ -343,6 +344,10 @@ TEST_CASE("safetensors_reader opens files, directories and shards", "[io]") {
   CHECK(equal(reader.at("w", dtype::f32, {2, 2}).data, some_bytes(16)));
   CHECK_THAT(catch_error([&] { reader.at("w", dtype::f32, {4}); }).message,
              contains("'w' is F32 [2, 2], but must be F32 [4]"));
+  // A pipe without a writer would be waited for.
+  REQUIRE(::mkfifo((dir / "pipe.safetensors").c_str(), 0600) == 0);
+  CHECK_THAT(catch_error([&] { safetensors_reader(dir / "pipe.safetensors"); }).message,
+             contains("pipe.safetensors: not a regular file"));
   CHECK_THAT(catch_error([&] {
                reader.at("w", dtype::f16, {2, 2});
              }).message,
