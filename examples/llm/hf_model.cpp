@@ -58,6 +58,16 @@ std::vector<tensor_spec> expected_tensors(const model_config& c) {
   return all;
 }
 
+hf_weights::hf_weights(const std::filesystem::path& directory) : reader_(directory) {
+  reader_.verify_checksum();
+  // A model that was saved without its head has no "model." in its names.
+  if (!reader_.contains("embed_tokens.weight")) return;
+  for (const std::string& name : reader_.names()) {
+    const std::string full = "model." + name;
+    if (!reader_.contains(full)) read_instead(full, name);
+  }
+}
+
 void hf_weights::require(const std::vector<tensor_spec>& expected) const {
   constexpr int listed = 20;
   int bad = 0;

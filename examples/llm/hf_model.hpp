@@ -31,9 +31,7 @@ class hf_weights {
  public:
   /// Throws qeft::error for files that are missing, truncated, inconsistent, or damaged as far as
   /// their checksum tells (files written by qeft have one).
-  explicit hf_weights(const std::filesystem::path& directory) : reader_(directory) {
-    reader_.verify_checksum();
-  }
+  explicit hf_weights(const std::filesystem::path& directory);
 
   /// Throws qeft::error listing every tensor of `expected` that is missing, has another shape, or
   /// whose type is not a floating-point type: up to 20 by name, and the number of others.

@@ -399,6 +399,26 @@ TEST_CASE("hf_weights reads every floating type, from one file or shards", "[llm
   }
 }
 
+TEST_CASE("hf_weights finds the tensors of a model that was saved without its head", "[llm]") {
+  const model_config c = parse(tiny());
+  temporary_directory dir;
+  qeft::io::safetensors_writer writer;
+  std::vector<tensor_spec> tensors = expected_tensors(c);
+  for (const tensor_spec& t : tensors) {
+    index_t count = 1;
+    for (const index_t n : t.shape) count *= n;
+    REQUIRE(t.name.rfind("model.", 0) == 0);
+    writer.add(t.name.substr(6), qeft::io::dtype::f32, t.shape,
+               std::vector<std::byte>(static_cast<std::size_t>(4 * count)));
+  }
+  writer.write_directory(dir.path());
+  const hf_weights weights(dir.path());
+  weights.require(tensors);
+  CHECK(weights.read("model.norm.weight", {8}) == std::vector<float>(8, 0.0F));
+  tensors.push_back({"lm_head.weight", {4, 8}});
+  CHECK_THAT(catch_error([&] { weights.require(tensors); }).message, contains("lm_head.weight"));
+}
+
 TEST_CASE("hf_weights lists what is missing and names what is no number", "[llm]") {
   const model_config c = parse(tiny());
   temporary_directory dir;

@@ -82,18 +82,18 @@ class buffer {
   QEFT_ALWAYS_INLINE explicit buffer(const Memory& memory = Memory{}) noexcept : memory_(memory) {}
   /// @param size >= 0. Throws std::bad_alloc, or what the memory policy throws.
   QEFT_ALWAYS_INLINE explicit buffer(index_t size, const Memory& memory = Memory{})
-      : memory_(memory) {
+      : buffer(memory) {  // from here on the destructor frees what a policy's error leaves
     allocate(size);
     if (size_ > 0) operations::clear(memory_, data_, bytes());
   }
-  QEFT_ALWAYS_INLINE buffer(const buffer& other) : memory_(other.memory_) {
+  QEFT_ALWAYS_INLINE buffer(const buffer& other) : buffer(other.memory_) {
     allocate(other.size_);
     if (size_ > 0) operations::copy(memory_, data_, other.data_, bytes());
   }
   /// From another space; one of the two must be the host's.
   template <class Other>
   QEFT_ALWAYS_INLINE explicit buffer(const buffer<T, Other>& other, const Memory& memory)
-      : memory_(memory) {
+      : buffer(memory) {
     static_assert(is_host_accessible_v<Memory> || is_host_accessible_v<Other>,
                   "qeft::buffer: a copy needs the host on one side");
     allocate(other.size());

@@ -97,18 +97,27 @@ Units without them may be linked with units that have them. nvcc's -use_fast_mat
 
 // A linker keeps one of several equal inline functions, whatever flags each was compiled with. So
 // that a program may hold translation units with different -m flags, every function that is not
-// always inlined lives in `inline namespace QEFT_TARGET`, which names the instruction set. It is
+// always inlined lives in `inline namespace QEFT_TARGET`, which names the instruction sets that the
+// compiler and the kernels use. It is
 // the outer one: `inline namespace QEFT_TARGET { namespace detail {`; a qeft::detail beside it
 // would be another namespace of the same name. Types that units hand to each other (views,
 // descriptors, status, on_host ...) live outside it and have nothing but always inlined members.
 // Units that differ in other flags may define QEFT_TARGET.
 #if !defined(QEFT_TARGET)
-#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+#if defined(QEFT_HAS_AVX512) && defined(QEFT_HAS_AVX512_VNNI)
 #define QEFT_TARGET target_avx512_vnni
-#elif defined(__AVX512F__)
+#elif defined(QEFT_HAS_AVX512)
 #define QEFT_TARGET target_avx512
-#elif defined(__AVX2__)
+#elif defined(__AVX512F__) && defined(QEFT_HAS_AVX2)
+#define QEFT_TARGET target_avx2_avx512f
+#elif defined(__AVX512F__)
+#define QEFT_TARGET target_portable_avx512f
+#elif defined(QEFT_HAS_AVX2)
 #define QEFT_TARGET target_avx2
+#elif defined(__AVX2__) && defined(__FMA__)
+#define QEFT_TARGET target_portable_avx2_fma
+#elif defined(__AVX2__)
+#define QEFT_TARGET target_portable_avx2
 #elif defined(__FMA__)
 #define QEFT_TARGET target_avx_fma
 #elif defined(__AVX__)

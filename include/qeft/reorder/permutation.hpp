@@ -124,6 +124,7 @@ inline permutation weak_last(index_t size, const std::vector<std::int32_t>& weak
 /// @param weak ascending; every head must hold equally many, so that no index is needed afterwards
 inline permutation weak_last_per_head(index_t size, index_t heads,
                                       const std::vector<std::int32_t>& weak) {
+  detail::check_size("weak_last_per_head", size);
   if (heads < 1 || size % heads != 0) {
     fail(errc::invalid_argument,
          text("weak_last_per_head: heads is ", heads, ", but must divide size = ", size));
@@ -159,9 +160,11 @@ inline permutation repeat_heads(const permutation& value, index_t heads, index_t
          text("repeat_heads: heads is ", heads, " and repeats ", repeats,
               ", but both must be positive and heads must divide ", value.size()));
   }
+  const index_t size = checked_product(value.size(), repeats, "repeat_heads: repeats");
+  detail::check_size("repeat_heads", size);
   const index_t head_dim = value.size() / heads;
   std::vector<std::int32_t> source;
-  source.reserve(static_cast<std::size_t>(value.size() * repeats));
+  source.reserve(static_cast<std::size_t>(size));
   for (index_t h = 0; h < heads; ++h) {
     for (index_t r = 0; r < repeats; ++r) {
       for (index_t c = 0; c < head_dim; ++c) {

@@ -34,6 +34,7 @@ class reorder_graph {
            text("reorder_graph: space ", name, " has ", channels, " channels in ", heads,
                 " heads, but both must be positive and heads a divisor"));
     }
+    detail::check_size("reorder_graph", channels);
     spaces_.push_back({std::move(name), channels, heads, no_space, 1});
     return static_cast<space_id>(spaces_.size()) - 1;
   }
@@ -47,7 +48,9 @@ class reorder_graph {
            text("reorder_graph: space ", name, " repeats ", b.name, " ", repeats,
                 " times, but repeats must be positive and ", b.name, " not a repetition itself"));
     }
-    spaces_.push_back({std::move(name), b.channels * repeats, b.heads * repeats, base, repeats});
+    const index_t channels = checked_product(b.channels, repeats, "reorder_graph: repeats");
+    detail::check_size("reorder_graph", channels);
+    spaces_.push_back({std::move(name), channels, b.heads * repeats, base, repeats});
     return static_cast<space_id>(spaces_.size()) - 1;
   }
 

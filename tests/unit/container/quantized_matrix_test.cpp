@@ -305,6 +305,21 @@ TEST_CASE("an owner takes its memory, index included, from the policy it is give
   CHECK(a.alive == 0);
 }
 
+TEST_CASE("what a policy allocated is freed when it throws later") {
+  struct failing : arena_memory {
+    using space = qeft::device_memory;  // so that it clears and copies itself
+    void clear(void*, std::size_t) { throw std::runtime_error("clear"); }
+    void upload(void*, const void*, std::size_t) { throw std::runtime_error("upload"); }
+  };
+  arena a;
+  CHECK_THROWS_WITH((qeft::buffer<float, failing>(3, failing{{&a}})), qeft_test::contains("clear"));
+  const qeft::buffer<float> host(3);
+  CHECK_THROWS_WITH((qeft::buffer<float, failing>(host, failing{{&a}})),
+                    qeft_test::contains("upload"));
+  CHECK(a.used > 0);
+  CHECK(a.alive == 0);
+}
+
 TEST_CASE("an owner that was moved from is empty") {
   qeft_test::random_source random(12);
   const auto layer = qeft_test::random_layer(shape(weak_kind::indexed, 5), random);

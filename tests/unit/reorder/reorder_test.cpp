@@ -157,6 +157,12 @@ TEST_CASE("weak_last and weak_last_per_head keep the robust order") {
   CHECK_THROWS_WITH(qeft::weak_last_per_head(6, 2, {0, 1}), contains("head 0 holds 2 of 2"));
   CHECK(qeft::repeat_heads(permutation({1, 0, 2, 3}), 2, 2).source() ==
         std::vector<std::int32_t>{1, 0, 3, 2, 4, 5, 6, 7});
+  CHECK_THROWS_WITH(qeft::repeat_heads(permutation({1, 0, 2, 3}), 2, index_t{1} << 30),
+                    contains("repeat_heads: size is 4294967296"));
+  CHECK_THROWS_WITH(qeft::repeat_heads(permutation({1, 0, 2, 3}), 2, index_t{1} << 62),
+                    contains("overflows"));
+  CHECK_THROWS_WITH(qeft::weak_last_per_head(-4, 2, {}),
+                    contains("weak_last_per_head: size is -4"));
   CHECK_THROWS_WITH(qeft::repeat_heads(permutation({2, 1, 0, 3}), 2, 2),
                     contains("must stay in their head"));
 }
