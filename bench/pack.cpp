@@ -56,6 +56,14 @@ void add_conversions(const std::string& name, const shape& s) {
       [=](benchmark::State& state) { convert_rows<Bits>(state, s, direction::unpack); });
 }
 
+template <class Matrix>
+void require_equal(const Matrix& a, const Matrix& b) {
+  if (!(a.codes() == b.codes() && a.scales() == b.scales() && a.zeros() == b.zeros() &&
+        a.weak() == b.weak())) {
+    throw std::runtime_error("wrong result");
+  }
+}
+
 template <class To, class From>
 void repack(benchmark::State& state, const machine& m, const qeft::matrix_descriptor& d) {
   const auto from = qeft::repack<From>(m.exec, random_matrix(d));
@@ -65,6 +73,8 @@ void repack(benchmark::State& state, const machine& m, const qeft::matrix_descri
     benchmark::DoNotOptimize(to.codes().data());
   }
   measured.bytes(m, qeft::storage_of<To>(d).total() + qeft::storage_of<From>(d).total());
+  const auto back = qeft::repack<From>(m.exec, qeft::repack<To>(m.exec, from));
+  require_equal(back, from);
 }
 
 void permute(benchmark::State& state, const qeft::matrix_descriptor& d) {
@@ -80,6 +90,7 @@ void permute(benchmark::State& state, const qeft::matrix_descriptor& d) {
     benchmark::DoNotOptimize(to.codes().data());
   }
   measured.bytes(machines().front(), 2 * qeft::storage_of(d).total());
+  require_equal(qeft::permute_rows(p, qeft::permute_rows(p, w)), w);
 }
 
 }  // namespace

@@ -45,14 +45,14 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
   endif()
   if(QEFT_SANITIZE_THREAD)
     target_compile_options(qeft_development INTERFACE
-      "$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=thread;-g1>")
+      "$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=thread>")
     target_link_options(qeft_development INTERFACE -fsanitize=thread)
   endif()
   if(QEFT_SANITIZE)
     # Without what ASan finds too, and without forced inlining: these cost minutes of compilation.
     target_compile_definitions(qeft_development INTERFACE QEFT_KEEP_CALLS)
     target_compile_options(qeft_development INTERFACE
-      "$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=address,undefined;-fno-sanitize=null,object-size,vptr,pointer-overflow;-fno-sanitize-recover=all;-g1>")
+      "$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=address,undefined;-fno-sanitize=null,object-size,vptr,pointer-overflow;-fno-sanitize-recover=all>")
     target_link_options(qeft_development INTERFACE -fsanitize=address,undefined)
   endif()
 endif()

@@ -21,8 +21,8 @@ struct tensor_spec {
   std::vector<qeft::index_t> shape;
 };
 
-/// Every tensor of the full-precision model, in the order of the computation; no head where it is
-/// tied to the embedding.
+/// Every tensor that is not part of a quantised linear, in the order of the computation; no head
+/// where it is tied to the embedding.
 std::vector<tensor_spec> expected_tensors(const model_config& config);
 
 /// Full-precision tensors (F16, BF16, F32, F64) of model.safetensors or its shards. The files stay

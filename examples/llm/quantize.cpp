@@ -141,7 +141,7 @@ class quantizer {
 
   void choose_columns(const token_windows& windows) {
     if (const auto known = work_->load("weak_columns")) {
-      weak_.restore(*known);
+      work_->checked([&] { weak_.restore(*known); });
       return;
     }
     weak_.choose_ahead(windows, work_->path());
@@ -151,7 +151,13 @@ class quantizer {
 
   void quantize_blocks(const token_windows& windows) {
     const auto progress_file = work_->load("blocks");
-    const index_t finished = progress_file ? progress_file->at("finished").get<index_t>() : 0;
+    const index_t finished = work_->checked([&] {
+      const index_t n = progress_file ? progress_file->at("finished").get<index_t>() : 0;
+      if (n >= 0 && n <= config_.num_hidden_layers) return n;
+      qeft::fail(qeft::errc::corrupt_file,
+                 "blocks.json: finished is " + std::to_string(n) + ", but the model has " +
+                     std::to_string(config_.num_hidden_layers) + " blocks");
+    });
     if (work_->resumed()) {
       std::fprintf(stderr, "going on with what an interrupted run left: %lld of %lld blocks\n",
                    static_cast<long long>(finished),

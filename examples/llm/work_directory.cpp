@@ -19,8 +19,9 @@ work_directory::work_directory(const fs::path& parent, const json& fingerprint)
   try {
     const std::optional<json> earlier = load("fingerprint");
     resumed_ = earlier && *earlier == fingerprint;
-  } catch (const qeft::error&) {
-    // What cannot be read is not ours to continue.
+  } catch (const qeft::error& e) {
+    if (e.code() != qeft::errc::corrupt_file) throw;
+    // What is damaged is not ours to continue.
   }
   if (!resumed_ && !fs::is_empty(parent)) {
     std::fprintf(stderr, "removing %s: it is of a quantisation with other options or input\n",
@@ -34,17 +35,6 @@ work_directory::work_directory(const fs::path& parent, const json& fingerprint)
   if (!resumed_) store("fingerprint", fingerprint);
 }
 
-template <class Read>
-auto work_directory::readable(const Read& read) const {
-  try {
-    return read();
-  } catch (const std::exception& e) {
-    qeft::fail(qeft::errc::corrupt_file, std::string(e.what()) + "; remove " +
-                                             path_.parent_path().string() +
-                                             " to quantise from the start");
-  }
-}
-
 void work_directory::store(const std::string& name, const json& value) const {
   io::write_text_file(path_ / (name + ".json"),
                       value.dump(-1, ' ', false, json::error_handler_t::replace));
@@ -53,7 +43,7 @@ void work_directory::store(const std::string& name, const json& value) const {
 std::optional<json> work_directory::load(const std::string& name) const {
   const fs::path file = path_ / (name + ".json");
   if (!fs::exists(file)) return std::nullopt;
-  return readable([&] { return io::load_json(file); });
+  return checked([&] { return io::load_json(file); });
 }
 
 fs::path work_directory::file_of(const std::string& linear) const {
@@ -74,7 +64,7 @@ void work_directory::store_linear(const std::string& name, const finished_linear
 bool work_directory::has_linear(const std::string& name) const { return fs::exists(file_of(name)); }
 
 finished_linear work_directory::load_linear(const std::string& name) const {
-  return readable([&] {
+  return checked([&] {
     const io::safetensors_reader reader(file_of(name));
     reader.verify_checksum();
     const json description =
@@ -83,6 +73,13 @@ finished_linear work_directory::load_linear(const std::string& name) const {
     return finished_linear{io::read_linear(reader, name, config).matrix,
                            std::move(config.provenance)};
   });
+}
+
+void work_directory::fail_damaged(const std::string& what) const {
+  qeft::fail(
+      qeft::errc::corrupt_file,
+      what + (resumed_ ? "; remove " + path_.parent_path().string() + " to quantise from the start"
+                       : std::string()));
 }
 
 void work_directory::remove() const { fs::remove_all(path_); }

@@ -32,19 +32,30 @@ class work_directory {
   void store(const std::string& name, const nlohmann::json& value) const;
   std::optional<nlohmann::json> load(const std::string& name) const;
 
-  /// load() and load_linear() throw qeft::error when a file is damaged.
   void store_linear(const std::string& name, const finished_linear& linear) const;
   bool has_linear(const std::string& name) const;
   finished_linear load_linear(const std::string& name) const;
+
+  /// read(), which takes what load() or load_linear() gave it apart: when that is damaged, the error
+  /// also says what to remove.
+  template <class Read>
+  auto checked(const Read& read) const {
+    try {
+      return read();
+    } catch (const qeft::error& e) {
+      if (e.code() != qeft::errc::corrupt_file) throw;
+      fail_damaged(e.what());
+    } catch (const nlohmann::json::exception& e) {
+      fail_damaged(path_.string() + ": " + e.what());
+    }
+  }
 
   /// Removes everything, once the results are in `parent`.
   void remove() const;
 
  private:
   std::filesystem::path file_of(const std::string& linear) const;
-  /// read(), whose errors also say what to remove.
-  template <class Read>
-  auto readable(const Read& read) const;
+  [[noreturn]] void fail_damaged(const std::string& what) const;
 
   std::filesystem::path path_;
   bool resumed_ = false;

@@ -241,6 +241,9 @@ TEST_CASE("a work directory keeps finished layers for the same quantisation only
     const std::string advice = "remove " + parent.string() + " to quantise from the start";
     CHECK_THROWS_WITH(work.load_linear("a.b"), contains(advice));
     CHECK_THROWS_WITH(work.load("blocks"), contains(advice));
+    CHECK_THROWS_WITH(work.checked([] { return json::object().at("finished"); }), contains(advice));
+    const auto pass = [] { qeft::fail(qeft::errc::io_error, "no memory to map a file"); };
+    CHECK_THROWS_WITH(work.checked(pass), !contains(advice));
   }
   {
     const work_directory work(parent, {{"bits", 3}});

@@ -109,6 +109,13 @@ TEST_CASE("quantize, inspect, perplexity and generate work on one another's resu
   CHECK(biased.status == 1);
   CHECK(mentions(biased.text, {"model.layers.1.mlp.down_proj.bias"}));
   config.erase("mlp_bias");
+  const json intermediate = config.at("intermediate_size");
+  config["intermediate_size"] = 96;
+  write_all(w.dir / "edited/config.json", config.dump());
+  const outcome smaller = run("inspect " + w.at("edited"));
+  CHECK(smaller.status == 1);
+  CHECK(mentions(smaller.text, {"model.layers.0.mlp.gate_proj", "the model needs 96 x 96"}));
+  config["intermediate_size"] = intermediate;
   json& layers = config["quantization_config"]["layers"];
   layers["model.layers.2.mlp.down_proj"] = layers["model.layers.1.mlp.down_proj"];
   write_all(w.dir / "edited/config.json", config.dump());

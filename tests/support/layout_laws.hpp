@@ -49,6 +49,8 @@ void check_layout_laws(const qeft::layout::extent& e) {
   using qeft::index_t;
   using planes = qeft::bit_planes<Bits>;
   claims codes(32 * Layout::template code_words<Bits>(e));
+  std::vector<index_t> row_tile(static_cast<std::size_t>(Layout::template code_words<Bits>(e)), -1);
+  bool apart = true;  // no word holds codes of two row tiles
   claims scales(16 * Layout::scale_count(e));
   claims separate_zeros(zero_bits<Layout, Bits>(e));
   claims& zeros = Layout::zeros_in_scales ? scales : separate_zeros;
@@ -56,7 +58,12 @@ void check_layout_laws(const qeft::layout::extent& e) {
   for (index_t n = 0; n < e.out_channels; ++n) {
     for (index_t k = 0; k < e.dense; ++k) {
       for (int p = 0; p < planes::count; ++p) {
-        codes.take(qeft::layout::locate<Layout, Bits>(e, p, n, k), planes::width(p));
+        const qeft::code_address at = qeft::layout::locate<Layout, Bits>(e, p, n, k);
+        codes.take(at, planes::width(p));
+        if (!codes.good()) continue;
+        index_t& tile = row_tile[static_cast<std::size_t>(at.word)];
+        apart = apart && (tile < 0 || tile == n / Layout::rows);
+        tile = n / Layout::rows;
       }
     }
     for (index_t g = 0; g < e.groups; ++g) {
@@ -69,6 +76,7 @@ void check_layout_laws(const qeft::layout::extent& e) {
     for (index_t j = 0; j < e.weak; ++j) weak.take(16 * Layout::weak_index(e, n, j), 16);
   }
   CHECK(codes.good());
+  CHECK(apart);
   CHECK(scales.good());
   CHECK(zeros.good());
   CHECK(weak.good());

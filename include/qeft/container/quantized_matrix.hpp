@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 #include <utility>
 
 #include "qeft/container/quantized_matrix_view.hpp"
@@ -78,6 +79,20 @@ void write_code(const matrix_descriptor& d, std::uint32_t* words, index_t n, ind
   });
 }
 
+/// scatter_code of an integer zero point, by bytes: its words may hold 16-bit scales as well.
+template <int Bits, class Layout>
+void scatter_zero(std::byte* zeros, unsigned zero, const layout::zero_place<Layout, Bits>& place) {
+  for (int p = 0; p < bit_planes<Bits>::count; ++p) {
+    const code_address at = place(p);
+    std::uint32_t word;
+    std::memcpy(&word, zeros + 4 * at.word, 4);
+    const std::uint32_t mask = (1U << static_cast<unsigned>(bit_planes<Bits>::width(p))) - 1U;
+    const std::uint32_t field = zero >> static_cast<unsigned>(bit_planes<Bits>::shift(p)) & mask;
+    word = (word & ~(mask << at.shift)) | field << at.shift;
+    std::memcpy(zeros + 4 * at.word, &word, 4);
+  }
+}
+
 template <class Layout>
 void write_zero(const matrix_descriptor& d, std::byte* zeros, index_t n, index_t g, unsigned zero) {
   const layout::extent e = d.extent();
@@ -86,8 +101,7 @@ void write_zero(const matrix_descriptor& d, std::byte* zeros, index_t n, index_t
         static_cast<std::uint16_t>(zero);
   } else if (d.zero == zero_kind::integer) {
     visit_bits(d.bits, [&](auto bits) {
-      scatter_code<bits>(reinterpret_cast<std::uint32_t*>(zeros), zero,
-                         layout::zero_place<Layout, bits>{e, n, g});
+      scatter_zero<bits>(zeros, zero, layout::zero_place<Layout, bits>{e, n, g});
     });
   }
 }

@@ -212,10 +212,10 @@ quantized_matrix<To, Memory> repack(const on_host& exec,
   quantized_matrix<To, Memory> to(d, from.weak_index(), from.memory());
   visit_bits(d.bits, [&](auto bits) { detail::repack_codes<bits>(exec, from, to); });
   const auto same_row = [](index_t n) { return n; };
-  detail::copy_params(from, to, same_row);
-  exec.parallel_for(d.out_channels, detail::rows_apart<To>, [&](index_t begin, index_t end) {
-    detail::copy_weak(from, to, begin, end, same_row);
+  exec.parallel_for(d.out_channels, 32, [&](index_t begin, index_t end) {
+    detail::copy_scalars(from, to, begin, end, same_row);
   });
+  detail::copy_integer_zeros(from, to, same_row);
   return to;
 }
 

@@ -166,9 +166,13 @@ class atomic_directory {
     bool fresh = false;
     // A run that ends at this moment takes the directory away.
     for (int tries = 0; code == ENOENT && tries < 100; ++tries) {
-      fresh = std::filesystem::create_directory(partial, failure);
+      fresh = std::filesystem::create_directory(partial, failure) || fresh;
       if (failure) give_up("cannot create " + partial.string() + ": " + failure.message());
       code = lock_.try_acquire(partial);
+    }
+    if (code == ENOENT) {
+      if (fresh) std::filesystem::remove(partial, failure);
+      give_up("cannot lock " + partial.string() + ": it keeps being removed");
     }
     if (code == EWOULDBLOCK) {
       give_up("cannot write directory '" + path_.string() +

@@ -6,7 +6,7 @@
 // members all indices are in range; n is an output channel, k a dense column, g a group, j a weak
 // column, p a bit plane of a code.
 //
-// Codes, 32-bit words in tiles of `rows` x `columns<Bits>`:
+// Codes, 32-bit words in tiles of `rows` x `columns<Bits>`; tiles of different rows share no word:
 //   rows, columns<Bits>                    positive constants
 //   code_words<Bits>(e)                    words of codes
 //   tile_word<Bits>(e, p, n_tile, k_tile)  the word from which plane p of a tile is counted

@@ -23,14 +23,17 @@ inline quantized_matrix<layout::row_packed> permute_rows(
   }
   if (d.out_channels == 0) return {};  // made without arguments, or moved from
   quantized_matrix<layout::row_packed> result(d, w.weak_index());
-  const index_t row = w.codes().size() / d.out_channels;
-  for (index_t n = 0; n < d.out_channels && row > 0; ++n) {
-    std::memcpy(result.codes().data() + n * row, w.codes().data() + p[n] * row,
-                static_cast<std::size_t>(row));
-  }
-  const auto source = [&](index_t n) { return index_t{p[n]}; };
-  detail::copy_params(w, result, source);
-  detail::copy_weak(w, result, 0, d.out_channels, source);
+  const auto move_rows = [&](span<const std::byte> from, span<std::byte> to) {
+    const index_t row = from.size() / d.out_channels;
+    for (index_t n = 0; n < d.out_channels && row > 0; ++n) {
+      std::memcpy(to.data() + n * row, from.data() + p[n] * row, static_cast<std::size_t>(row));
+    }
+  };
+  move_rows(w.codes(), result.codes());
+  move_rows(w.scales(), result.scales());
+  move_rows(w.weak(), result.weak());
+  if (d.zero == zero_kind::scaled) move_rows(w.zeros(), result.zeros());
+  detail::copy_integer_zeros(w, result, [&](index_t n) { return index_t{p[n]}; });
   return result;
 }
 
@@ -51,6 +54,7 @@ inline quantized_matrix<layout::row_packed> permute_columns(
     fail(errc::invalid_argument,
          text("permute_columns: heads is ", heads, ", but must be positive"));
   }
+  if (d.out_channels == 0) return {};   // made without arguments, or moved from
   std::vector<std::int32_t> new_index;  // where the weak columns arrive
   std::vector<index_t> weak_source;     // and which they are
   visit_weak(d, w.weak_index().data(), [&](auto weak) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "qeft/container/repack.hpp"
+#include "qeft/reorder/permute_matrix.hpp"
 #include "support/cases.hpp"
 #include "support/catch.hpp"
 #include "support/throws.hpp"
@@ -331,6 +332,8 @@ TEST_CASE("an owner that was moved from is empty") {
   CHECK(q.weak_index().empty());
   const qeft::on_host exec(1);
   CHECK(qeft::repack<simd_tile>(exec, q).codes().empty());
+  CHECK(qeft::permute_rows(qeft::permutation(), q).codes().empty());
+  CHECK(qeft::permute_columns(qeft::permutation(), q).codes().empty());
   int views = 0;
   q.visit([&](const auto& view) { views += view.out_channels == 0 ? 1 : 100; });
   CHECK(views == 1);

@@ -58,7 +58,9 @@ TEST_CASE("repack inside parallel_for of the same executor") {
   std::vector<std::vector<float>> results(4);
   exec.parallel_for(4, 1, [&](index_t begin, index_t end) {
     for (index_t i = begin; i < end; ++i) {
-      results[static_cast<std::size_t>(i)] = product(exec, layer(exec, 500));
+      const auto rows = qeft::repack<qeft::layout::row_packed>(exec, layer(exec, 500));
+      results[static_cast<std::size_t>(i)] =
+          product(exec, qeft::repack<qeft::layout::simd_tile>(exec, rows));
     }
   });
   for (const auto& y : results) CHECK(y == expected);

@@ -6,6 +6,7 @@
 #include "support/cases.hpp"
 #include "support/interleaved_layout.hpp"
 #include "support/layout_laws.hpp"
+#include "support/tall_layout.hpp"
 
 using qeft::code_address;
 using qeft::index_t;
@@ -113,5 +114,22 @@ TEST_CASE("a layout of a user's obeys the laws and is repacked like the library'
     CHECK(weights == qeft_test::weights_of(layer));
     CHECK(packed.zeros().data() == packed.scales().data());
     CHECK(qeft::storage_of<interleaved_layout>(layer.d).zeros == 0);
+  });
+}
+
+TEST_CASE("tiles may have any number of rows") {
+  using qeft_test::tall_layout;
+  qeft_test::check_layout_laws<tall_layout>();
+  const qeft::on_host exec(3);
+  qeft_test::fuzz("tall", 300, [&](std::uint64_t seed) {
+    qeft_test::random_source random(seed);
+    const auto layer = qeft_test::random_case(random, 20000);
+    INFO(qeft_test::describe(layer.d));
+    const auto simd = qeft_test::pack<simd_tile>(layer);
+    const auto packed = qeft_test::pack<tall_layout>(layer);
+    CHECK(qeft_test::same_bytes(qeft::repack<tall_layout>(exec, simd), packed));
+    CHECK(qeft_test::same_bytes(qeft::repack<simd_tile>(exec, packed), simd));
+    CHECK(qeft_test::same_bytes(qeft::repack<row_packed>(exec, packed),
+                                qeft_test::pack<row_packed>(layer)));
   });
 }
