@@ -24,7 +24,7 @@ std::function<void()> product(const qeft::on_host& exec, const qeft::quantized_m
   const index_t oc = w.descriptor().out_channels;
   const index_t ic = w.descriptor().in_channels;
   rotation layers(qeft::repack<simd_tile>(exec, w),
-                        qeft::storage_of<simd_tile>(w.descriptor()).total());
+                  qeft::storage_of<simd_tile>(w.descriptor()).total());
   const auto x = random_floats(tokens * ic);
   std::vector<float> y(static_cast<std::size_t>(tokens * oc));
   const qeft::cpu::executor<Activation> with(exec);
