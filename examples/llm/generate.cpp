@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <utility>
@@ -11,7 +12,7 @@
 #include "chat_template.hpp"
 #include "commands.hpp"
 #include "llama.hpp"
-#include "qeft/io/mapped_file.hpp"
+#include "qeft/io/errors.hpp"
 #include "tokenizer.hpp"
 
 namespace qeft_llm {
@@ -22,21 +23,23 @@ using qeft::index_t;
 
 namespace {
 
-std::string read_stream(std::FILE* file) {
+std::string read_stream(std::FILE* file, const std::string& name) {
   std::string text;
   char buffer[4096];
   while (const std::size_t n = std::fread(buffer, 1, sizeof buffer, file)) text.append(buffer, n);
-  if (std::ferror(file) != 0) fail(errc::io_error, "cannot read the standard input");
+  if (std::ferror(file) != 0) fail(errc::io_error, "cannot read " + name);
   return text;
 }
 
 std::string read_prompt(const generate_options& o) {
-  if (!o.prompt_file.empty()) {
-    const qeft::io::mapped_file file(o.prompt_file);
-    return {reinterpret_cast<const char*>(file.bytes().data()),
-            static_cast<std::size_t>(file.bytes().size())};
+  if (o.prompt_file.empty()) {
+    return o.prompt == "-" ? read_stream(stdin, "the standard input") : o.prompt;
   }
-  return o.prompt == "-" ? read_stream(stdin) : o.prompt;
+  // Read as a stream, so that it may be a pipe.
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(
+      std::fopen(o.prompt_file.c_str(), "rb"), &std::fclose);
+  if (!file) qeft::io::fail_io("cannot open", o.prompt_file);
+  return read_stream(file.get(), o.prompt_file);
 }
 
 std::vector<chat_message> read_conversation(const generate_options& o) {

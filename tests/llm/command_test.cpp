@@ -277,6 +277,9 @@ TEST_CASE("prompts, sampling and JSON of generate") {
   const std::string expected = said("--prompt abc");
   write_all(w.dir / "prompt", "abc");
   CHECK(said("--prompt-file " + w.at("prompt")) == expected);
+  CHECK(said("--prompt-file /dev/stdin", "printf abc |") == expected);
+  CHECK(mentions(run("generate" + common + "--prompt-file " + w.at("nowhere")).text,
+                 {"cannot open", "nowhere"}));
   CHECK(said("--prompt - < " + w.at("prompt")) == expected);
   CHECK(said("--prompt abc --temperature 2 --top-k 1 --seed 3") == expected);
   CHECK(said("--prompt abc --temperature 2 --top-p 0.0001 --seed 3") == expected);
