@@ -274,6 +274,13 @@ struct arena_memory {
   }
 };
 
+/// It clears and copies itself, as a policy for a device does, and fails at it.
+struct failing_memory : arena_memory {
+  using space = qeft::device_memory;
+  void clear(void*, std::size_t) { throw std::runtime_error("clear"); }
+  void upload(void*, const void*, std::size_t) { throw std::runtime_error("upload"); }
+};
+
 }  // namespace
 
 TEST_CASE("an owner takes its memory, index included, from the policy it is given") {
@@ -307,15 +314,11 @@ TEST_CASE("an owner takes its memory, index included, from the policy it is give
 }
 
 TEST_CASE("what a policy allocated is freed when it throws later") {
-  struct failing : arena_memory {
-    using space = qeft::device_memory;  // so that it clears and copies itself
-    void clear(void*, std::size_t) { throw std::runtime_error("clear"); }
-    void upload(void*, const void*, std::size_t) { throw std::runtime_error("upload"); }
-  };
   arena a;
-  CHECK_THROWS_WITH((qeft::buffer<float, failing>(3, failing{{&a}})), qeft_test::contains("clear"));
+  CHECK_THROWS_WITH((qeft::buffer<float, failing_memory>(3, failing_memory{{&a}})),
+                    qeft_test::contains("clear"));
   const qeft::buffer<float> host(3);
-  CHECK_THROWS_WITH((qeft::buffer<float, failing>(host, failing{{&a}})),
+  CHECK_THROWS_WITH((qeft::buffer<float, failing_memory>(host, failing_memory{{&a}})),
                     qeft_test::contains("upload"));
   CHECK(a.used > 0);
   CHECK(a.alive == 0);
