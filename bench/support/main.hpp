@@ -85,6 +85,13 @@ class rate {
 /// @param add_all registers every benchmark
 template <class AddAll>
 int run(int argc, char** argv, const AddAll& add_all) {
+#if defined(QEFT_BENCH_UNOPTIMISED)
+  std::fprintf(stderr,
+               "%s was built beside the tests, without optimisation: configure with "
+               "-DQEFT_BUILD_TESTS=OFF (README, Benchmarks)\n",
+               argv[0]);
+  return 1;
+#endif
   benchmark::AddCustomContext("instruction set", qeft::cpu::native_isa::name);
   for (const machine& m : machines()) {
     char text[96];
