@@ -106,7 +106,9 @@ bool hf_weights::equal(const std::string& a, const std::string& b) const {
 
 std::vector<float> hf_weights::read(const std::string& name,
                                     const std::vector<index_t>& shape) const {
-  std::vector<float> values = qeft::io::to_floats(view(name, shape));
+  const tensor_view& t = view(name, shape);
+  std::vector<float> values = qeft::io::to_floats(t);
+  qeft::io::forget_pages(t.data);
   qeft::io::require_finite(values, name);
   return values;
 }

@@ -93,8 +93,10 @@ packed_matrix model_source::matrix(const std::string& name, index_t out_channels
       config_.quantization ? config_.quantization->find(name) : nullptr;
   if (d == nullptr) {
     const std::string tensor = name + ".weight";
-    return full_precision(tensor, weights_.view(tensor, {out_channels, in_channels}), out_channels,
-                          in_channels, &rounding_);
+    const qeft::io::tensor_view& t = weights_.view(tensor, {out_channels, in_channels});
+    packed_matrix m = full_precision(tensor, t, out_channels, in_channels, &rounding_);
+    qeft::io::forget_pages(t.data);
+    return m;
   }
   if (d->out_channels != out_channels || d->in_channels != in_channels) {
     fail(errc::corrupt_file, "quantised layer " + name + " is " + std::to_string(d->out_channels) +

@@ -218,6 +218,7 @@ inline stored_linear read_linear(const safetensors_reader& reader, const std::st
     if (parts[i].bytes == 0) continue;
     const tensor_view& t = reader.at(name + parts[i].suffix);
     std::memcpy(into[i].data(), t.data.data(), static_cast<std::size_t>(parts[i].bytes));
+    forget_pages(t.data);
   }
   return {std::move(matrix), std::move(weak_index)};
 }

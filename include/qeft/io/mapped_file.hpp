@@ -102,5 +102,23 @@ class mapped_file {
   std::vector<std::byte> buffer_;  // of the fallback
 };
 
+/// The whole pages of `part`, bytes of a mapped_file, leave this process until they are read again:
+/// so its resident set does not grow by all that it ever read. Nothing happens to other bytes.
+inline void forget_pages([[maybe_unused]] span<const std::byte> part) noexcept {
+#if defined(QEFT_HAS_POSIX_FILES)
+  const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<std::uintptr_t>(part.data());
+  const std::uintptr_t first = (begin + page - 1) / page * page;
+  const std::uintptr_t last = (begin + static_cast<std::uintptr_t>(part.size())) / page * page;
+  if (first >= last) return;
+  detail::process_files& all = detail::process_files::instance();
+  const std::lock_guard<std::mutex> guard(all.mutex);
+  for (const detail::mapped_range& range : all.mappings) {
+    if (part.data() < range.begin || part.data() >= range.begin + range.size) continue;
+    ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+  }
+#endif
+}
+
 }  // namespace QEFT_TARGET
 }  // namespace qeft::io

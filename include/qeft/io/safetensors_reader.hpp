@@ -83,6 +83,7 @@ class safetensors_file {
       stream_hash hash;
       hash.update(t.data);
       sum += tensor_checksum(hash, name, type, t.shape);
+      forget_pages(t.data);
     };
     for (const auto& [name, t] : tensors_) add(name, to_string(t.type), t);
     for (const auto& [name, t] : unreadable_) add(name, t.type, t);

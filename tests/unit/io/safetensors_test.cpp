@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <fstream>
 #include <limits>
 #include <random>
 
@@ -13,6 +14,7 @@
 #if defined(QEFT_HAS_POSIX_FILES)
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <csignal>
 #endif
@@ -382,6 +384,32 @@ TEST_CASE("safetensors_reader opens files, directories and shards", "[io]") {
   CHECK_THAT(catch_error([&] { safetensors_reader r(empty.path()); }).message,
              contains("holds neither model.safetensors nor"));
 }
+
+#if defined(QEFT_HAS_POSIX_FILES)
+TEST_CASE("what was read and forgotten leaves memory, and can be read again", "[io]") {
+  const temporary_directory dir;
+  std::string contents;
+  while (contents.size() < (std::size_t{16} << 20U)) contents += std::to_string(contents.size());
+  write_all(dir / "file", contents);
+  const qeft::io::mapped_file file(dir / "file");
+  const auto all_there = [&] {
+    return std::memcmp(file.bytes().data(), contents.data(), contents.size()) == 0;
+  };
+  const auto resident_pages = [] {  // of files
+    long size = 0, resident = 0, shared = 0;
+    std::ifstream("/proc/self/statm") >> size >> resident >> shared;
+    return shared;
+  };
+  CHECK(all_there());
+  const long before = resident_pages();
+  qeft::io::forget_pages({file.bytes().data() + 1, file.bytes().size() - 2});
+  if (before > 0) CHECK(before - resident_pages() > (16 << 20) / ::sysconf(_SC_PAGESIZE) / 2);
+  CHECK(all_there());
+  const std::string heap(100000, 'x');
+  qeft::io::forget_pages({reinterpret_cast<const std::byte*>(heap.data()), 100000});
+  CHECK(heap == std::string(100000, 'x'));
+}
+#endif
 
 TEST_CASE("what nobody asks for may be missing, misplaced or of an unknown type", "[io]") {
   temporary_directory dir;
