@@ -10,6 +10,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include "commands.hpp"
 #include "qeft/core/status.hpp"
 #include "qeft/io/notice.hpp"
@@ -136,6 +140,11 @@ void add_quantize(CLI::App& command, quantize_options& o, std::string& device) {
 }  // namespace
 
 int main(int argc, char** argv) {
+#if defined(__GLIBC__)
+  // Freed layers go back to the system. Otherwise the limit grows with what is freed, the heap keeps
+  // blocks of layers, and memory grows with their number.
+  ::mallopt(M_MMAP_THRESHOLD, 4 << 20);
+#endif
   // Not through stdio: a thread that a signal stopped may hold its lock.
   qeft::io::set_notice_handler(
       [](const std::string& text) { ::dprintf(STDERR_FILENO, "qeft-llm: %s\n", text.c_str()); });
