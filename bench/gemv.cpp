@@ -59,17 +59,16 @@ int main(int argc, char** argv) {
           add(name + "/int8",
               [=, &m](benchmark::State& state) { gemv(state, m, d, qeft::cpu::int8{}, 1e-3); });
         }
+        const auto add_exact = [&](const char* name, const qeft::matrix_descriptor& d) {
+          add(std::string(s.name) + "/" + name + "/" + threads_of(m) + "/exact",
+              [=, &m](benchmark::State& state) { gemv(state, m, d, qeft::cpu::exact{}, 1e-6); });
+        };
+        add_exact("4bit_g32", describe(s, 4, 32, 16));
         // Without reordering: weak columns anywhere, activations gathered in every call.
         auto indexed = describe(s, 4, 128, 16);
         indexed.weak = qeft::weak_kind::indexed;
-        add(std::string(s.name) + "/4bit_indexed/" + threads_of(m) + "/exact",
-            [=, &m](benchmark::State& state) {
-              gemv(state, m, indexed, qeft::cpu::exact{}, 1e-6);
-            });
-        // k = IC: all columns weak, that is, an FP16 layer.
-        add(std::string(s.name) + "/fp16/" + threads_of(m), [=, &m](benchmark::State& state) {
-          gemv(state, m, describe(s, 4, 128, s.in_channels), qeft::cpu::exact{}, 1e-6);
-        });
+        add_exact("4bit_indexed", indexed);
+        add_exact("fp16", describe(s, 4, 128, s.in_channels));  // k = IC: all columns weak
       }
       add(std::string(s.name) + "/eigen_fp32/1t",
           [=](benchmark::State& state) { eigen(state, s); });

@@ -85,4 +85,8 @@ int main(int argc, char** argv) {
     std::fflush(stdout);
     for (int v = 0; v < 2; ++v) versions[v].free(jobs[v]);
   }
+  if (!std::cin.eof()) {
+    std::fprintf(stderr, "compare: a line is not of the form `JOB OC IC BITS TOKENS THREADS`\n");
+    return 2;
+  }
 }

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Compares the headers of a commit with those of the working tree, job by job, as a table:
-#   bench/compare/run.sh COMMIT [SECONDS per job] [<JOBS]
-# JOBS are lines of `exact|int8|fp16|repack|unpack|permute_rows OC IC BITS TOKENS THREADS`; the list
-# below where standard input is a terminal. CXX is g++ by default.
+#   bench/compare/run.sh COMMIT [SECONDS per job] [JOBS]
+# JOBS is a file, - for standard input, of lines of
+# `exact|int8|fp16|repack|unpack|permute_rows OC IC BITS TOKENS THREADS`; by default the list below.
+# CXX is g++ by default.
 set -euo pipefail
-[ $# -ge 1 ] || { sed -n '3,6s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '3,7s/^# \{0,1\}//p' "$0"; exit 2; }
 root=$(realpath -- "$(dirname -- "$0")/../..")
 cxx=${CXX:-g++}
 scratch=$(mktemp -d)
@@ -21,7 +22,7 @@ probe "$root/include" "$scratch/after.so"
 "$cxx" "${flags[@]}" "$root/bench/compare/main.cpp" -o "$scratch/compare" -ldl
 
 jobs() {
-  if [ ! -t 0 ]; then cat; return; fi
+  if [ -n "$1" ]; then cat -- "$1"; return; fi
   for bits in 4 3; do
     for job in repack unpack permute_rows; do echo "$job 4096 4096 $bits 1 1"; done
     for job in exact int8; do
@@ -31,4 +32,4 @@ jobs() {
   done
   echo "fp16 4096 4096 4 1 1"
 }
-jobs | "$scratch/compare" "$scratch/before.so" "$scratch/after.so" "${2:-4}"
+jobs "${3-}" | "$scratch/compare" "$scratch/before.so" "$scratch/after.so" "${2:-4}"

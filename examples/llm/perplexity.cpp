@@ -83,7 +83,12 @@ int run_perplexity(const perplexity_options& o) {
     }
   }
   const index_t counted = static_cast<index_t>(windows.size()) * (o.seq_len - context);
-  const double perplexity = std::exp(total / static_cast<double>(counted));
+  const double loss = total / static_cast<double>(counted);
+  const double perplexity = std::exp(loss);
+  if (!std::isfinite(perplexity)) {
+    fail(errc::not_finite, "perplexity: the mean loss of a token is " + std::to_string(loss) +
+                               ", too large for its exponential");
+  }
   if (o.json) {
     const nlohmann::ordered_json all = {{"perplexity", perplexity},
                                         {"tokens", counted},

@@ -12,6 +12,17 @@
 namespace qeft::solver {
 inline namespace QEFT_TARGET {
 
+namespace detail {
+/// What both accumulators ask of a sample; `who` names the function.
+inline void check_sample(const on_host& exec, const float* x, index_t tokens, index_t in_channels,
+                         const char* who) {
+  if (tokens < 0) {
+    fail(errc::invalid_argument, text(who, ": tokens is ", tokens, ", but must not be negative"));
+  }
+  check_finite(exec, x, tokens, in_channels, text(who, ": x (tokens x in_channels)"));
+}
+}  // namespace detail
+
 /// diag(H) alone, for the choice of weak columns before any layer is quantised: (in_channels) sums
 /// in double.
 class diagonal_accumulator {
@@ -21,9 +32,11 @@ class diagonal_accumulator {
             checked_product(in_channels, 1, "diagonal_accumulator: in_channels"))) {}
 
   /// Adds a sample: x is (tokens, in_channels), row-major. Channels are summed over the tokens in
-  /// order, so results do not depend on the number of threads.
+  /// order, so results do not depend on the number of threads. Throws not_finite naming token and
+  /// channel; the sum is then unchanged.
   void add(const on_host& exec, const float* x, index_t tokens) {
     const auto n = static_cast<index_t>(sum_.size());
+    detail::check_sample(exec, x, tokens, n, "diagonal_accumulator::add");
     exec.parallel_for(n, 64, [&](index_t begin, index_t end) {
       for (index_t t = 0; t < tokens; ++t) {
         const float* row = x + t * n;
@@ -71,12 +84,8 @@ class hessian_accumulator {
   /// Adds a sample: x is (tokens, in_channels), row-major. Throws not_finite naming token and
   /// channel; the sum is then unchanged.
   void add(const on_host& exec, const float* x, index_t tokens) {
-    if (tokens < 0) {
-      fail(errc::invalid_argument,
-           text("hessian_accumulator::add: tokens is ", tokens, ", but must not be negative"));
-    }
+    detail::check_sample(exec, x, tokens, n_, "hessian_accumulator::add");
     if (tokens == 0) return;
-    check_finite(exec, x, tokens, n_, "hessian_accumulator::add: x (tokens x in_channels)");
     const index_t blocks = ceil_div(n_, tile);
     exec.parallel_for(blocks * (blocks + 1) / 2, 1, [&](index_t begin, index_t end) {
       for (index_t t = begin; t < end; ++t) {
