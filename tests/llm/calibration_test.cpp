@@ -251,6 +251,17 @@ TEST_CASE("a work directory keeps finished layers for the same quantisation only
     CHECK_FALSE(work.has_linear("a.b"));
     write_all(work.path() / "fingerprint.json", "{\"bits\": ");
   }
+  {
+    const work_directory work(parent, {{"bits", 3}});
+    CHECK_FALSE(work.resumed());
+    work.store("blocks", {{"finished", 3}});
+    fs::remove(work.path() / "fingerprint.json");
+    fs::create_directory(work.path() / "fingerprint.json");
+    // What cannot be read, perhaps for now, is not thrown away.
+    CHECK_THROWS_WITH(work_directory(parent, {{"bits", 3}}), contains("not a regular file"));
+    CHECK(fs::exists(work.path() / "blocks.json"));
+    fs::remove(work.path() / "fingerprint.json");
+  }
   const work_directory work(parent, {{"bits", 3}});
   CHECK_FALSE(work.resumed());
   work.remove();

@@ -55,7 +55,7 @@ TEST_CASE("parse_json refuses what is not JSON, and names the file", "[io]") {
 TEST_CASE("Python's literals and lone surrogates are read, written again, and refused by readers",
           "[io]") {
   const std::string text =
-      R"({"a":NaN,"b":[Infinity,-Infinity,"-Infinity"],"c":"x\ud800y","d":"\udc00\ud83d","\uDBFF":1})";
+      R"({"a":NaN,"b":[Infinity,-Infinity,"-Infinity"],"c":"x\ud800y","d":"\udc00\ud83d\ud83d\ude00","\uDBFF":1})";
   const json value = parse_json(text, "file");
   CHECK(std::isnan(value.at("a").get<double>()));
   CHECK(value.at("b")[0].get<double>() == std::numeric_limits<double>::infinity());
@@ -65,6 +65,8 @@ TEST_CASE("Python's literals and lone surrogates are read, written again, and re
   CHECK_FALSE(has_lone_surrogate("x"));
   CHECK(parse_json(dump_json(value), "file").at("d") == value.at("d"));
   CHECK_THAT(dump_json(value), contains(R"("c":"x\ud800y")"));
+  CHECK_THAT(dump_json(value), contains(R"("\udc00\ud83d)"
+                                        "\xF0\x9F\x98\x80\""));
   CHECK_THAT(dump_json(value), contains(R"("a":NaN,"b":[Infinity,-Infinity,"-Infinity"])"));
   CHECK_THAT(dump_json(value), contains(R"("\uDBFF":1)"));
   CHECK(catch_error([] { dump_json("\xff"); }).code == errc::invalid_argument);
