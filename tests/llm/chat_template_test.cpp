@@ -155,6 +155,12 @@ TEST_CASE("what is not understood is refused by name and line") {
   std::string doubled = space;
   for (int i = 0; i < 60; ++i) doubled += "{% set ns.x = ns.x + ns.x %}";
   CHECK(refused(doubled, "it does not come to an end"));
+  std::string printed = space;
+  for (int i = 0; i < 20; ++i) printed += "{% set ns.x = ns.x + ns.x %}";
+  CHECK(refused(printed + "{% for i in range(1000) %}{{ ns.x }}{% endfor %}",
+                "the text is too long"));
+  CHECK(refused("{{ 4294967296 * 4294967296 * 4294967296 }}", "numbers as large"));
+  CHECK(refused("{{ 1 - 4294967296 }}", "numbers as large"));
   CHECK(refused(space + "{% for i in range(100) %}{% set ns.l = [ns.l] %}{% endfor %}",
                 "such deep nesting"));
   CHECK(refused(space + "{% set ns.x = [ns] %}{{ ns|tojson }}", "such deep nesting"));

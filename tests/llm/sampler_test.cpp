@@ -90,6 +90,19 @@ TEST_CASE("draws have the probabilities of the definition") {
   });
 }
 
+TEST_CASE("a penalty that overflows leaves the largest logit") {
+  sampling_options o;
+  o.repetition_penalty = 1e-38F;
+  for (const float temperature : {0.0F, 1.0F}) {
+    o.temperature = temperature;
+    std::vector<float> logits = {1, 1e10F, 2};
+    sampler draw(o);
+    draw.see(1);
+    CHECK(draw.next(logits) == 1);
+    CHECK(std::isfinite(logits[1]));
+  }
+}
+
 TEST_CASE("greedy takes the largest logit, the penalty applied") {
   sampling_options o;
   std::vector<float> logits = {1, 3, 2.9F, -1};
