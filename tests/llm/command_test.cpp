@@ -103,6 +103,12 @@ TEST_CASE("quantize, inspect, perplexity and generate work on one another's resu
   CHECK(mentions(table.text, {"model.layers.1.mlp.down_proj", "tail", "bits per weight"}));
   fs::copy(w.dir / "out", w.dir / "edited");
   json config = json::parse(read_all(w.dir / "edited/config.json"));
+  const json& reports = config.at("quantization_config").at("provenance").at("layers");
+  char error[32];
+  std::snprintf(error, sizeof error, " %.4g ",
+                reports.at("model.layers.1.mlp.down_proj").at("output_error").get<double>());
+  const std::string row = table.text.substr(table.text.find("model.layers.1.mlp.down_proj"));
+  CHECK(mentions(row.substr(0, row.find('\n')), {error}));
   config["mlp_bias"] = true;
   write_all(w.dir / "edited/config.json", config.dump());
   const outcome biased = run("inspect " + w.at("edited"));
