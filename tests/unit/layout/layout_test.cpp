@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "qeft/container/repack.hpp"
+#include "qeft/layout/fragment.hpp"
 #include "support/cases.hpp"
 #include "support/interleaved_layout.hpp"
 #include "support/layout_laws.hpp"
@@ -11,6 +12,7 @@
 using qeft::code_address;
 using qeft::index_t;
 using qeft::layout::extent;
+using qeft::layout::fragment;
 using qeft::layout::row_packed;
 using qeft::layout::simd_tile;
 
@@ -39,6 +41,60 @@ TEST_CASE("row_packed is injective and stays inside its words") {
 
 TEST_CASE("simd_tile is injective and stays inside its words") {
   qeft_test::check_layout_laws<simd_tile>();
+}
+
+TEST_CASE("fragment is injective and stays inside its words") {
+  qeft_test::check_layout_laws<fragment>();
+}
+
+TEST_CASE("fragment holds operands of mma.m16n8k16") {
+  // As the PTX manual draws A: a lane's four registers, two elements in each.
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int reg = 0; reg < 4; ++reg) {
+      for (int half = 0; half < 2; ++half) {
+        const auto at =
+            fragment::operand(lane / 4 + 8 * (reg % 2), lane % 4 * 2 + 8 * (reg / 2) + half);
+        CHECK((at.lane == lane && at.reg == reg && at.half == half));
+      }
+    }
+  }
+  // 4 bits: 16 bytes per lane are its operands of four k-steps, a word each.
+  const extent e{40, 200, 2, 20};
+  for (index_t n = 16; n < 32; ++n) {
+    for (index_t k = 64; k < 128; ++k) {
+      const code_address at = qeft::layout::locate<fragment, 4>(e, 0, n, k);
+      const auto in = fragment::operand(static_cast<int>(n % 16), static_cast<int>(k % 16));
+      CHECK(at.word == (1 * 4 + 1) * 128 + in.lane * 4 + k % 64 / 16);
+      CHECK(at.shift == 4 * in.reg + 16 * in.half);
+    }
+  }
+  // The scales of rows r and r + 8 and four groups are the words of 32 lanes, in their order.
+  const extent f{40, 640, 5, 20};
+  CHECK(fragment::scale_count(f) == 3 * 2 * 64);
+  CHECK(fragment::zero_words<4>(f) == 3 * 2 * 8);
+  for (int lane = 0; lane < 32; ++lane) {
+    const index_t n = 16 + lane / 4;
+    const index_t g = lane % 4;
+    CHECK(fragment::scale_index(f, n, g) == (2 * 32 + lane) * 2);
+    CHECK(fragment::scale_index(f, n + 8, g) == (2 * 32 + lane) * 2 + 1);
+    const code_address zero = fragment::locate_zero<4>(f, 0, n, g);
+    CHECK(32 * zero.word + zero.shift == (2 * 32 + lane) * 8);
+  }
+  // 20 weak columns are two k-steps, the second one padded.
+  CHECK(fragment::weak_count(f) == 3 * 2 * 256);
+}
+
+TEST_CASE("fragment is repacked like any layout") {
+  const qeft::on_host exec(2);
+  qeft_test::fuzz("fragment", 300, [&](std::uint64_t seed) {
+    qeft_test::random_source random(seed);
+    const auto layer = qeft_test::random_case(random, 20000);
+    INFO(qeft_test::describe(layer.d));
+    const auto rows = qeft_test::pack<row_packed>(layer);
+    const auto packed = qeft_test::pack<fragment>(layer);
+    CHECK(qeft_test::same_bytes(qeft::repack<fragment>(exec, rows), packed));
+    CHECK(qeft_test::same_bytes(qeft::repack<row_packed>(exec, packed), rows));
+  });
 }
 
 TEST_CASE("row_packed rows are packed arrays one after another") {
