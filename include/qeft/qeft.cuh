@@ -5,4 +5,5 @@
 #include <cuda_runtime.h>
 
 #include "qeft/core/device_memory.cuh"
+#include "qeft/device/gemm.cuh"
 #include "qeft/qeft.hpp"

@@ -3,9 +3,13 @@
 # The file must compile with VALID = 1, and with VALID = 0 fail with the text after `// expect:` (a
 # regular expression whose parentheses, stars, dots and plus signs are literal). With a line
 # `// flags: A | B` it must fail with each of these sets of flags; those of `// always: A` are given
-# with VALID = 1 too. With -DREFUSED=ON the compiler is one for which the file must always fail.
+# with VALID = 1 too. With -DREFUSED=ON the compiler is one for which the file must always fail. A .cu
+# file needs nvcc, and -DOUTPUT=file.
 cmake_minimum_required(VERSION 3.21)
 set(command ${COMPILER} -std=c++${STANDARD} -fsyntax-only -Werror=unused-result -I${INCLUDE_DIR})
+if(SOURCE MATCHES "[.]cu$")
+  set(command ${COMPILER} -std=c++${STANDARD} -arch=compute_80 -ptx -o ${OUTPUT} -I${INCLUDE_DIR})
+endif()
 
 file(STRINGS ${SOURCE} expect REGEX "^// expect: ")
 string(REGEX REPLACE "^// expect: " "" expect "${expect}")

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Loads of what is read once, and asynchronous copies to shared memory.
+#pragma once
+
+#include "qeft/core/config.hpp"
+
+namespace qeft::arch {
+
+/// The address of shared memory as instructions take it.
+__device__ __forceinline__ std::uint32_t shared_address(const void* p) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
+}
+
+/// Loads words that are read once, from Offset words behind `from` on; they are not kept in the
+/// first-level cache. @pre the address is a multiple of their size
+template <int Words, int Offset = 0>
+__device__ __forceinline__ void load_once(std::uint32_t* to, const std::uint32_t* from) {
+  static_assert(Words == 1 || Words == 2 || Words == 4);
+  if constexpr (Words == 4) {
+    asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+        : "l"(from), "n"(4 * Offset));
+  } else if constexpr (Words == 2) {
+    asm("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2 + %3];"
+        : "=r"(to[0]), "=r"(to[1])
+        : "l"(from), "n"(4 * Offset));
+  } else {
+    asm("ld.global.nc.L1::no_allocate.u32 %0, [%1 + %2];"
+        : "=r"(to[0])
+        : "l"(from), "n"(4 * Offset));
+  }
+}
+
+/// Starts to copy 16 bytes to shared memory, ToOffset and FromOffset bytes behind the addresses.
+/// @pre all are multiples of 16
+template <int ToOffset = 0, int FromOffset = 0>
+__device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from),
+               "n"(ToOffset), "n"(FromOffset)
+               : "memory");
+}
+/// The same; of these, the first `bytes` come from `from` and the
+/// rest is zero. @pre both addresses are multiples of 16
+__device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+/// Ends a set of the copies that this thread started.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/// Waits until at most `Pending` sets of this thread are still under way.
+template <int Pending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+}  // namespace qeft::arch

@@ -1,0 +1,315 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of a quantised layer with activations on a device: gemv for one token, gemm for any
+// number.
+#pragma once
+
+#include "qeft/container/quantized_matrix.hpp"
+#include "qeft/device/on_stream.cuh"
+#include "qeft/kernel/few_tokens.cuh"
+#include "qeft/kernel/gather.cuh"
+#include "qeft/tuning/few_tokens.hpp"
+
+namespace qeft {
+inline namespace QEFT_TARGET {
+namespace device::detail {
+
+using qeft::detail::cuda_status;
+using qeft::detail::launch_kernel;
+
+/// What every function here asks of activations and outputs.
+template <class X, class Y>
+constexpr void check_scalars() {
+  static_assert(std::is_same_v<X, half_bits> || std::is_same_v<X, bf16_bits>,
+                "qeft: products on a stream need qeft::half_bits or qeft::bf16_bits activations");
+  static_assert(
+      std::is_same_v<Y, float> || std::is_same_v<Y, half_bits> || std::is_same_v<Y, bf16_bits>,
+      "qeft: products on a stream need float, qeft::half_bits or qeft::bf16_bits outputs");
+}
+/// What every function here asks of a view and its activations.
+template <class View, class X>
+constexpr void check_types() {
+  static_assert(std::is_same_v<typename View::memory_type, device_memory>,
+                "qeft: products on a stream need a matrix in device memory");
+  static_assert(std::is_same_v<typename View::layout_type, layout::fragment>,
+                "qeft: products on a stream need qeft::layout::fragment; repack the matrix");
+  static_assert(std::is_same_v<typename View::scalar_type, X>,
+                "qeft: products on a stream need activations of the layer's scalar type");
+}
+
+inline status refuse(const std::string& reason) { return {errc::invalid_argument, reason}; }
+
+inline bool is_aligned(const void* p, std::uintptr_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(p) % bytes == 0;
+}
+
+/// Where the activations of a launch lie.
+struct activation_plan {
+  bool gathered;    // in the workspace first
+  index_t stride;   // from one token to the next
+  index_t weak_at;  // the first weak column of a token
+};
+template <class View>
+activation_plan plan_activations(const View& w, const void* x) {
+  using weak = typename View::weak_type;
+  const index_t dense = w.dense_columns();
+  constexpr bool at_end = weak::kind == weak_kind::none || weak::kind == weak_kind::tail;
+  // Copies go by 16 bytes.
+  if (at_end && w.in_channels % 8 == 0 && dense % 8 == 0 && is_aligned(x, 16)) {
+    return {false, w.in_channels, dense};
+  }
+  return {true, round_up(dense, 8) + round_up(w.weak_columns(), 8), round_up(dense, 8)};
+}
+
+/// Numbers that fit the 32-bit arithmetic of kernels.
+inline constexpr index_t most_channels = index_t{1} << 28;
+/// What gather, which has a row of blocks per token, can be launched for.
+inline constexpr index_t most_tokens = 65535;
+
+template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue>
+status launch_few(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Epilogue>& args) {
+  const auto k = kernel::few_tokens<RowTiles, TokenTiles, GroupColumns, View, Y, Epilogue>;
+  constexpr int most_shared = kernel::most_few_tokens_shared_bytes(RowTiles, TokenTiles);
+  static_assert(most_shared <= 99 * 1024, "more than a device of compute capability 8.6 has");
+  if constexpr (most_shared > 48 * 1024) {
+    // Always the same value: it belongs to the function, not to the launch.
+    const cudaError_t code =
+        cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
+    if (code != cudaSuccess) return cuda_status(code, "gemm: cudaFuncSetAttribute");
+  }
+  const int tokens = args.tokens < 8 * TokenTiles ? args.tokens : 8 * TokenTiles;
+  const int warps = tuning::warps_for(args.parts.count());
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.w.out_channels, 16 * RowTiles)),
+                  static_cast<unsigned>(ceil_div(args.tokens, 8 * TokenTiles)));
+  return launch_kernel("gemm: the launch", k, grid, static_cast<unsigned>(32 * warps),
+                       kernel::few_tokens_shared_bytes(args.parts.count(), warps, tokens, RowTiles),
+                       stream, args);
+}
+
+/// Picks the kernel.
+template <class View, class Y, class Epilogue>
+status launch(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Epilogue>& args) {
+  int multiprocessors = 0;
+  if (status s = qeft::detail::device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount);
+      !s.ok()) {
+    return s;
+  }
+  const auto with_tiles = [&](auto row_tiles, auto token_tiles) {
+    constexpr index_t chunk = tuning::chunk_columns;
+    const index_t group = args.w.columns_per_group;
+    if (args.w.groups <= 1 || group % chunk == 0) {
+      return launch_few<row_tiles, token_tiles, chunk>(stream, args);
+    }
+    if (group == chunk / 4) return launch_few<row_tiles, token_tiles, chunk / 4>(stream, args);
+    return launch_few<row_tiles, token_tiles, dynamic>(stream, args);
+  };
+  const auto with_rows = [&](auto token_tiles) {
+    const index_t tiles = layout::fragment::row_tiles(args.w.extent());
+    return tuning::row_tiles_for(tiles, multiprocessors) == 2
+               ? with_tiles(constant<2>{}, token_tiles)
+               : with_tiles(constant<1>{}, token_tiles);
+  };
+  return args.tokens <= 8 ? with_rows(constant<1>{}) : with_rows(constant<2>{});
+}
+
+}  // namespace device::detail
+
+/// Bytes of workspace that gemm needs with these operands; 0 where it reads x as it lies.
+template <class F, class W, class L, class M, class X>
+index_t workspace_bytes(const on_stream&, const quantized_matrix_view<F, W, L, M>& w, const X* x,
+                        index_t tokens) {
+  device::detail::check_types<quantized_matrix_view<F, W, L, M>, X>();
+  const auto plan = device::detail::plan_activations(w, x);
+  return plan.gathered ? tokens * plan.stride * 2 : 0;
+}
+
+/// Whether gemm would accept these operands, and why not.
+template <class F, class W, class L, class M, class X, class Y>
+status supports_gemm(const on_stream& exec, const quantized_matrix_view<F, W, L, M>& w, const X* x,
+                     index_t tokens, const Y* y) {
+  namespace d = device::detail;
+  d::check_scalars<X, Y>();
+  d::check_types<quantized_matrix_view<F, W, L, M>, X>();
+  if (w.out_channels < 1 || w.in_channels < 1 || w.dense_columns() < 0 ||
+      w.out_channels > d::most_channels || w.in_channels > d::most_channels) {
+    return d::refuse(text("gemm: w is ", w.out_channels, " x ", w.in_channels, " with ",
+                          w.weak_columns(), " weak columns, but must have 1 to ", d::most_channels,
+                          " rows and columns and at most in_channels weak columns"));
+  }
+  if (w.columns_per_group < 1 || w.columns_per_group > d::most_channels ||
+      w.groups != ceil_div(w.dense_columns(), w.columns_per_group) ||
+      (w.groups > 1 && w.columns_per_group % 32 != 0)) {
+    return d::refuse(text("gemm: w has groups = ", w.groups, " and columns_per_group = ",
+                          w.columns_per_group, ", but its ", w.dense_columns(),
+                          " dense columns need groups of a multiple of 32, or one for all"));
+  }
+  const auto bad = [](const void* p, bool needed) {
+    return needed && (p == nullptr || !d::is_aligned(p, 16));
+  };
+  const bool dense = w.dense_columns() > 0;
+  const char* name = nullptr;
+  if (bad(w.codes, dense)) name = "codes";
+  if (bad(w.scales, dense)) name = "scales";
+  if (bad(w.zeros, dense && F::zero != zero_kind::symmetric)) name = "zeros";
+  if (bad(w.weak_values, w.weak_columns() > 0)) name = "weak_values";
+  if (name != nullptr) {
+    return d::refuse(text("gemm: ", name,
+                          " of w is null or not 16-byte aligned; make the view "
+                          "with quantized_matrix::view"));
+  }
+  if (tokens < 0 || tokens > d::most_tokens) {
+    return d::refuse(
+        text("gemm: tokens is ", tokens, ", but must be between 0 and ", d::most_tokens));
+  }
+  if (tokens > 0 && (x == nullptr || y == nullptr)) {
+    return d::refuse(
+        text("gemm: ", x == nullptr ? "x" : "y", " is null, but there are ", tokens, " tokens"));
+  }
+  const index_t needed = workspace_bytes(exec, w, x, tokens);
+  if (needed > exec.workspace.size() ||
+      (needed > 0 &&
+       (exec.workspace.data() == nullptr || !d::is_aligned(exec.workspace.data(), 256)))) {
+    return d::refuse(text("gemm: exec.workspace has ", exec.workspace.size(),
+                          " bytes, but must have ", needed,
+                          " with an alignment of 256 (workspace_bytes)"));
+  }
+  int capability = 0;
+  if (status s = qeft::detail::device_attribute(capability, cudaDevAttrComputeCapabilityMajor);
+      !s.ok()) {
+    return s;
+  }
+  if (capability < 8) {
+    return {errc::unsupported,
+            text("gemm: the device has compute capability ", capability, ".x, but 8.0 is needed")};
+  }
+  return {};
+}
+
+/// Y = X W^T (METHOD section 5), accumulated in FP32, then the epilogue. A token's result depends
+/// neither on the other tokens nor on how the work is spread.
+///
+/// @param exec     returns once the work is on its stream; x, y and what w and the epilogue point
+///                 to must live until it is done
+/// @param w        OC x IC layer
+/// @param x        (tokens, IC) row-major, of the layer's scalar type. Read as it lies where weak
+///                 columns come last, and IC, k and the address are such that 16 bytes can be
+///                 copied; else put into order in the workspace first. Finite, and so small that
+///                 2^bits * |x|, summed over 256 columns, fits FP32: else the outputs of that token
+///                 may be infinite or NaN
+/// @param tokens   0 to 65535
+/// @param y        (tokens, OC) row-major, must not overlap x; float, half_bits or bf16_bits
+/// @param epilogue what happens to an output before it is stored; see thread/epilogue.hpp
+/// @return what supports_gemm says, or that a launch failed; then nothing, or only the workspace,
+///         is written
+template <class F, class W, class L, class M, class X, class Y, class Epilogue = epilogue::none>
+status gemm(const on_stream& exec, const quantized_matrix_view<F, W, L, M>& w, const X* x,
+            index_t tokens, Y* y, const Epilogue& epilogue = {}) {
+  namespace d = device::detail;
+  static_assert(epilogue::is_epilogue_v<Epilogue>,
+                "qeft::gemm: Epilogue must be trivially copyable and callable as "
+                "float(float value, qeft::index_t token, qeft::index_t channel) const");
+  if (status s = supports_gemm(exec, w, x, tokens, y); !s.ok()) return s;
+  if (tokens == 0) return {};
+  const d::activation_plan plan = d::plan_activations(w, x);
+  if (plan.gathered) {
+    auto* to = reinterpret_cast<X*>(exec.workspace.data());
+    const dim3 grid(static_cast<unsigned>(ceil_div(w.in_channels, 256)),
+                    static_cast<unsigned>(tokens));
+    if (status s =
+            d::launch_kernel("gemm: the launch of gather", kernel::gather<W, X>, grid, 256, 0,
+                             exec.stream, w.weak, x, w.in_channels, to, plan.stride, plan.weak_at);
+        !s.ok()) {
+      return s;
+    }
+    x = to;
+  }
+  using view = decltype(as_tail(w));
+  const kernel::few_tokens_args<view, Y, Epilogue> args{
+      as_tail(w),
+      x,
+      x + plan.weak_at,
+      static_cast<int>(plan.stride),
+      static_cast<int>(tokens),
+      y,
+      epilogue,
+      tuning::make_parts(F::bits, w.dense_columns(), w.weak_columns())};
+  return d::launch(exec.stream, args);
+}
+
+/// y = W x: gemm of one token. @param x (IC) @param y (OC)
+template <class F, class W, class L, class M, class X, class Y, class Epilogue = epilogue::none>
+status gemv(const on_stream& exec, const quantized_matrix_view<F, W, L, M>& w, const X* x, Y* y,
+            const Epilogue& epilogue = {}) {
+  return gemm(exec, w, x, 1, y, epilogue);
+}
+
+namespace device::detail {
+
+/// body(view) with the typed view of a matrix, which must be of X's type and one of Formats.
+template <class Formats, class X, class Y, class M, class Body>
+status with_view(const quantized_matrix<layout::fragment, M>& w, const Body& body) {
+  check_scalars<X, Y>();
+  const matrix_descriptor& d = w.descriptor();
+  if (status s = validate(d); !s.ok()) return s;  // moved from, or never filled
+  if constexpr (std::is_same_v<X, half_bits> || std::is_same_v<X, bf16_bits>) {
+    if (scalar_kind_of<X>::value != d.scalar) {
+      return {errc::unsupported,
+              text("gemm: x is ", to_string(scalar_kind_of<X>::value), ", but the layer ",
+                   to_string(d.scalar), "; on a device they must be the same")};
+    }
+    status result;
+    try {
+      w.template visit<Formats>([&](const auto& view) {
+        using view_type = std::decay_t<decltype(view)>;
+        if constexpr (std::is_same_v<typename view_type::scalar_type, X>) {
+          static_cast<void>(result = body(view));  // nvcc takes it for a value that is dropped
+        }
+      });
+    } catch (const error& e) {  // a format that is not built in
+      return {e.code(), e.what()};
+    }
+    return result;
+  }
+}
+
+}  // namespace device::detail
+
+/// workspace_bytes of a layer whose format is known at run time; 0 where that is not built in.
+template <class Formats = device_formats, class M, class X>
+index_t workspace_bytes(const on_stream& exec, const quantized_matrix<layout::fragment, M>& w,
+                        const X* x, index_t tokens) {
+  index_t bytes = 0;
+  static_cast<void>(device::detail::with_view<Formats, X, float>(w, [&](const auto& view) {
+    bytes = workspace_bytes(exec, view, x, tokens);
+    return status{};
+  }));
+  return bytes;
+}
+
+/// supports_gemm of a layer whose format is known at run time.
+template <class Formats = device_formats, class M, class X, class Y>
+status supports_gemm(const on_stream& exec, const quantized_matrix<layout::fragment, M>& w,
+                     const X* x, index_t tokens, const Y* y) {
+  return device::detail::with_view<Formats, X, Y>(
+      w, [&](const auto& view) { return supports_gemm(exec, view, x, tokens, y); });
+}
+
+/// gemm of a layer whose format is known at run time, out of Formats. A format that is not built in
+/// is errc::unsupported.
+template <class Formats = device_formats, class M, class X, class Y,
+          class Epilogue = epilogue::none>
+status gemm(const on_stream& exec, const quantized_matrix<layout::fragment, M>& w, const X* x,
+            index_t tokens, Y* y, const Epilogue& epilogue = {}) {
+  return device::detail::with_view<Formats, X, Y>(
+      w, [&](const auto& view) { return gemm(exec, view, x, tokens, y, epilogue); });
+}
+
+/// gemv of a layer whose format is known at run time, out of Formats.
+template <class Formats = device_formats, class M, class X, class Y,
+          class Epilogue = epilogue::none>
+status gemv(const on_stream& exec, const quantized_matrix<layout::fragment, M>& w, const X* x, Y* y,
+            const Epilogue& epilogue = {}) {
+  return gemm<Formats>(exec, w, x, 1, y, epilogue);
+}
+
+}  // namespace QEFT_TARGET
+}  // namespace qeft
