@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# What kernels do, without a GPU, as a table: counters of a simulator, which executes their PTX, and
+# what their machine code says of the main loop. No number is a time.
+#   QEFT_CUDASIM_DIR=... QEFT_SASS_REPORT=.../sass_report.py bench/static/run.sh
+# QEFT_CUDASIM_DIR is the simulator's source or a build of it. nvcc and nvdisasm must be found.
+set -euo pipefail
+root=$(realpath -- "$(dirname -- "$0")/../..")
+: "${QEFT_CUDASIM_DIR:?names the simulator}" "${QEFT_SASS_REPORT:?names sass_report.py}"
+nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+sim=$QEFT_CUDASIM_DIR
+if [ ! -x "$sim/bin/cudasim" ]; then
+  sh "$sim/build.sh" "$scratch/cudasim" >/dev/null
+  sim=$scratch/cudasim
+fi
+
+oc=4096 ic=4096 group=128 k=128
+"$nvcc" -std=c++17 -gencode arch=compute_80,code=compute_80 -cudart shared --compress-mode=none \
+  -I"$root/include" -o "$scratch/probe" "$root/bench/static/probe.cu"
+
+echo "Executed, $oc x $ic, g = $group, k = $k, FP16 (compute capability 8.0):"
+echo
+echo "| bits | tokens | warp instructions per 32 weights | unique bytes : layer | bytes requested : layer | sector efficiency | bank conflicts, loads |"
+echo "|---|---|---|---|---|---|---|"
+for bits in 4 3; do
+  for tokens in 1 8 16; do
+    layer=$(CUDASIM_CC=80 CUDASIM_STATS=$scratch/stats "$sim/bin/cudasim" run "$scratch/probe" \
+      $oc $ic $bits $group $k $tokens)
+    python3 - "$scratch/stats" $bits $tokens "$layer" $((oc * ic)) <<'P'
+import json, sys
+path, bits, tokens, layer, weights = sys.argv[1], *map(int, sys.argv[2:])
+for line in open(path):
+    j = json.loads(line)
+    if "few_tokens" not in j["kernel"]:
+        continue
+    g, s = j["global_load"], j["shared_load"]
+    print(f"| {bits} | {tokens} | {j['warp_instructions'] / (weights / 32):.2f} "
+          f"| {g['unique_bytes'] / layer:.3f} | {g['bytes'] / layer:.2f} "
+          f"| {g['sector_efficiency']:.2f} | {s['wavefronts'] - s['ideal_wavefronts']} |")
+P
+    rm -f "$scratch/stats"
+  done
+done
+
+echo
+echo "Machine code of the main loop (g = $group):"
+echo
+echo "| architecture | bits | rows x tokens of a warp | registers | spills | thread instructions per 32 weights | bound by | compute : memory | in flight per SM, KiB |"
+echo "|---|---|---|---|---|---|---|---|---|"
+for arch in sm_80 sm_90a; do
+  python3 "$QEFT_SASS_REPORT" "$root/tests/cuda/kernels.cu" --arch $arch --kernel "few_tokens.*, 128" \
+    --block 160 --dynamic-smem 50000 --json -- -std=c++17 -I "$root/include" >"$scratch/sass.json" 2>/dev/null
+  python3 - "$scratch/sass.json" $arch <<'P'
+import json, re, sys
+kernels = json.load(open(sys.argv[1]))
+kernels = kernels if isinstance(kernels, list) else [kernels]
+rows = []
+for k in kernels:
+    m = re.match(r".*few_tokens<(\d+), (\d+), 128l?, .*quant_format<(\d+)[^<>]*half_bits>", k["kernel"])
+    if not m:
+        continue
+    row_tiles, token_tiles, bits = map(int, m.groups())
+    # The loop over chunks of 512 columns; its main path leaves out what only the last chunk does.
+    loop = max((l for l in k["loops"] if l["by_opcode"].get("HFMA2", 0) > 0),
+               key=lambda l: (l["by_opcode"].get("HMMA", 0), -l["instructions"]))
+    code_bytes = row_tiles * 16 * 512 * bits // 8
+    cycles_per_byte = 4 * k["sms"] * k["clock_ghz"] / k["bandwidth_gbs"]
+    memory = code_bytes * cycles_per_byte
+    compute = max([loop["issue_cycles"], *loop["pipe_cycles"].values()])
+    bound = max(loop["pipe_cycles"], key=loop["pipe_cycles"].get)
+    if loop["issue_cycles"] >= compute:
+        bound = "issue"
+    tiles_ahead = 8 if bits == 4 else 4
+    in_flight = k["occupancy"]["warps"] * tiles_ahead * row_tiles * (512 if bits == 4 else 768) / 1024
+    rows.append((bits, token_tiles, row_tiles,
+                 f"| {sys.argv[2]} | {bits} | {16 * row_tiles} x {8 * token_tiles} | {k['registers']} "
+                 f"| {k['spill_stores'] + k['spill_loads']} | {loop['instructions'] / (8 * row_tiles):.1f} "
+                 f"| {bound} | {compute / memory:.2f} | {in_flight:.0f} |"))
+for row in sorted(rows, key=lambda r: (-r[0], *r[1:3])):
+    print(row[3])
+P
+done
