@@ -18,9 +18,9 @@ struct constant {
 inline namespace QEFT_TARGET {
 namespace detail {
 
-template <class Body, int... I>
-QEFT_HOST_DEVICE constexpr void unroll(const Body& body, std::integer_sequence<int, I...>) {
-  (body(constant<I>{}), ...);
+template <class Body, int... Index>
+QEFT_HOST_DEVICE constexpr void unroll(const Body& body, std::integer_sequence<int, Index...>) {
+  (body(constant<Index>{}), ...);
 }
 
 }  // namespace detail
