@@ -74,11 +74,13 @@ __global__ void __launch_bounds__(32 * tuning::few_tokens_warps, TokenTiles == 1
     if (part < parts.dense) {
       const int first = part * parts.dense_columns;
       const int last = min(first + parts.dense_columns, static_cast<int>(args.w.dense_columns()));
-      of.add_dense(first, last, x_of(args.dense_x), sum);
+      typename product::activations x = x_of(args.dense_x + first);
+      of.add_dense(first, last, x, sum);
     } else {
       const int first = (part - parts.dense) * parts.weak_columns;
       const int last = min(first + parts.weak_columns, static_cast<int>(args.w.weak_columns()));
-      of.add_weak(first, last, x_of(args.weak_x), sum);
+      typename product::activations x = x_of(args.weak_x + first);
+      of.add_weak(first, last, x, sum);
     }
     const int token = lane % 4 * 2;
     float* const to = part_sums + (part * tokens + token) * rows + lane / 4;
@@ -95,14 +97,15 @@ __global__ void __launch_bounds__(32 * tuning::few_tokens_warps, TokenTiles == 1
   }
   __syncthreads();
 
-  for (int i = static_cast<int>(threadIdx.x); i < tokens * rows;
-       i += static_cast<int>(blockDim.x)) {
-    const index_t channel = static_cast<index_t>(blockIdx.x) * rows + i % rows;
+  const int outputs = tokens * rows;
+  for (int i = static_cast<int>(threadIdx.x); i < outputs; i += static_cast<int>(blockDim.x)) {
+    const int channel = static_cast<int>(blockIdx.x) * rows + i % rows;
     if (channel >= args.w.out_channels) continue;
+    const float* from = part_sums + i;
     float sum = 0.0F;
-    for (int part = 0; part < parts.count(); ++part) sum += part_sums[part * tokens * rows + i];
-    const index_t token = first_token + i / rows;
-    args.y[token * args.w.out_channels + epilogue::destination(args.epilogue, channel)] =
+    for (int part = 0; part < parts.count(); ++part, from += outputs) sum += *from;
+    const int token = first_token + i / rows;
+    args.y[index_t{token} * args.w.out_channels + epilogue::destination(args.epilogue, channel)] =
         from_float<Y>(args.epilogue(sum, token, channel));
   }
 }

@@ -33,43 +33,43 @@ class activations {
     return tokens * row_bytes;
   }
 
+  /// @param x      of which columns are taken from the first on
   /// @param shared shared_bytes(x.tokens) of the warp's own
   __device__ activations(const token_rows<Scalar>& x, void* shared) {
     const int lane = static_cast<int>(threadIdx.x % 32U);
     for (int i = 0; i < TokenTiles; ++i) {
       const int token = 8 * i + lane % 8;
-      from_[i] = token < x.tokens ? x.data + index_t{token} * x.stride : nullptr;
-      // 8 columns of 8 tokens are a matrix of the lanes 8 i .. 8 i + 7. Where there are fewer tokens,
-      // the last one stands in: its results are not stored.
+      has_token_[i] = token < x.tokens;
+      // Eight lanes have a column after another of eight tokens, as the matrices of load_matrices.
+      // Where there are fewer tokens, the last one stands in: its results are not stored.
+      const int row = has_token_[i] ? token : x.tokens - 1;
+      next_[i] = x.data + index_t{row} * x.stride + lane / 8 * 8;
       shared_[i] = arch::shared_address(shared) +
-                   static_cast<std::uint32_t>(
-                       (token < x.tokens ? token : x.tokens - 1) * row_bytes + lane / 8 * 16);
+                   static_cast<std::uint32_t>(row * row_bytes + lane / 8 * 16);
     }
   }
 
-  /// Starts to copy columns of stage Which from `first` on, up to `last`; behind them zeros, up to a
-  /// multiple of 32 columns, or with Fill to the end of the stage. @pre first is a multiple of 8, all
-  /// lanes take part and have left what was in the stage
+  /// Starts to copy the next columns, of which there are `left`, into stage Which; behind them zeros,
+  /// up to a multiple of 32 columns, or with Fill to the end of the stage. @pre all lanes take part
+  /// and have left what was in the stage
   template <int Which, bool Fill>
-  __device__ void start(int first, int last) const {
+  __device__ void start(int left) {
     constexpr int begin = Which * columns * 2;
-    const int mine = static_cast<int>(threadIdx.x % 32U) / 8 * 8;
     for (int i = 0; i < TokenTiles; ++i) {
-      if (from_[i] == nullptr) continue;
-      const Scalar* from = from_[i] + first + mine;
-      if (first + columns <= last) {
+      if (!has_token_[i]) continue;
+      if (left >= columns) {
         unroll<columns / 32>(
-            [&](auto c) { arch::copy_async<begin + 64 * c, 64 * c>(shared_[i], from); });
-        continue;
-      }
-      const int end = Fill ? columns : last - first;
+            [&](auto c) { arch::copy_async<begin + 64 * c, 64 * c>(shared_[i], next_[i]); });
+      } else {
+        const int mine = left - static_cast<int>(threadIdx.x % 32U) / 8 * 8;
 #pragma unroll 1
-      for (int c = 0; c < end; c += 32) {
-        const int left = last - (first + mine + c);
-        const int elements = left < 0 ? 0 : left < 8 ? left : 8;
-        arch::copy_async(shared_[i] + static_cast<std::uint32_t>(begin + 2 * c),
-                         left > 0 ? from + c : from_[i], 2 * elements);
+        for (int c = 0; c < (Fill ? columns : left); c += 32) {
+          const int elements = mine < c ? 0 : mine < c + 8 ? mine - c : 8;
+          arch::copy_async(shared_[i] + static_cast<std::uint32_t>(begin + 2 * c), next_[i] + c,
+                           2 * elements);
+        }
       }
+      next_[i] += columns;
     }
   }
   /// Waits for all stages but the last Pending that were committed.
@@ -89,8 +89,9 @@ class activations {
   }
 
  private:
-  const Scalar* from_[TokenTiles];    // the token of a lane in memory, or null
-  std::uint32_t shared_[TokenTiles];  // where a lane writes and reads the token
+  bool has_token_[TokenTiles];
+  const Scalar* next_[TokenTiles];    // what a lane copies next
+  std::uint32_t shared_[TokenTiles];  // where a lane writes and reads its token
 };
 
 }  // namespace qeft::warp

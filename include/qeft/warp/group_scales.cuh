@@ -62,9 +62,8 @@ class group_scales {
     using unpack = qeft::unpack<Format::bits, scalar>;
     if constexpr (has_zeros) {
       constexpr unsigned width = fragment::zero_width<Format::bits>;
-      constexpr unsigned mask = (1U << width) - 1U;
       const std::uint32_t both = from_lane(zero_, group);
-      return unpack::make_offsets(both & mask, both >> width & mask);
+      return unpack::make_offsets(both & ((1U << width) - 1U), both >> width);
     } else if constexpr (is_scaled) {
       const pair s = scale(group);
       const pair z = floats(from_lane(zero_, group));
@@ -99,8 +98,10 @@ class group_scales {
     return static_cast<unsigned>(fminf(fmaxf(code, 0.0F), static_cast<float>(Format::max_code)));
   }
   static __device__ pair floats(std::uint32_t x) {
-    return {to_float(scalar{static_cast<std::uint16_t>(x & 0xffffU)}),
-            to_float(scalar{static_cast<std::uint16_t>(x >> 16U)})};
+    scalar low;
+    scalar high;
+    asm("mov.b32 {%0, %1}, %2;" : "=h"(low.bits), "=h"(high.bits) : "r"(x));
+    return {to_float(low), to_float(high)};
   }
 
   const std::uint32_t* scales_ = nullptr;

@@ -51,11 +51,11 @@ class part_product {
 
   /// Adds the dense columns [first, last), group after group. @pre first is a multiple of
   /// tuning::chunk_columns, and so is last unless the columns end there; all lanes take part
-  /// @param x activations of the dense columns
-  __device__ void add_dense(int first, int last, const activations& x, result& sum) const {
+  /// @param x activations of these columns
+  __device__ void add_dense(int first, int last, activations& x, result& sum) const {
     code_stream codes(*this, first, last);
     group_state group(*this, first);
-    x.template start<0, true>(first, last);
+    x.template start<0, true>(last - first);
     arch::commit_copies();
     for (int column = first; column < last; column += tuning::chunk_columns) {
       group.begin_chunk(column, last);
@@ -64,7 +64,7 @@ class part_product {
         constexpr int other = 1 - stage;
         const int next = column + (stage + 1) * tuning::stage_columns;
         __syncwarp();
-        if (stage == 0 || next < last) x.template start<other, true>(next, last);
+        if (stage == 0 || next < last) x.template start<other, true>(last - next);
         arch::commit_copies();
         x.template wait<1>();
         // Behind the last column activations are zeros, which add nothing.
@@ -89,8 +89,8 @@ class part_product {
   }
 
   /// Adds the weak columns [first, last). @pre first is a multiple of 16; all lanes take part
-  /// @param x activations of the weak columns
-  __device__ void add_weak(int first, int last, const activations& x, result& sum) const {
+  /// @param x activations of these columns
+  __device__ void add_weak(int first, int last, activations& x, result& sum) const {
     const int lane = static_cast<int>(threadIdx.x % 32U);
     const std::uint32_t* words[RowTiles];
     for (int r = 0; r < RowTiles; ++r) {
@@ -100,7 +100,7 @@ class part_product {
     }
     for (int column = first; column < last; column += tuning::stage_columns) {
       __syncwarp();  // all lanes have left the stage before
-      x.template start<0, false>(column, last);
+      x.template start<0, false>(last - column);
       arch::commit_copies();
       x.template wait<0>();
       const int columns =
