@@ -127,23 +127,28 @@ class unpack {
   static constexpr int words = 4 * Bits / low_width;
   using lane_words = std::uint32_t[static_cast<std::size_t>(words)];
 
-  /// What is added per register: of rows r (registers 0 and 2) and r + 8 (1 and 3) of a lane.
+  /// Different numbers that are added to the registers: to register r number r % offset_count. (Fields
+  /// of 4 and 8 bits lie alike in registers r and r + 2.)
+  static constexpr int offset_count = low_width == 2 ? 4 : 2;
   struct offsets {
-    std::uint32_t of[4];
+    std::uint32_t of[static_cast<std::size_t>(offset_count)];
   };
-  /// @param zero of rows r and r + 8: at most 2^Bits - 1; 0 leaves the codes as they are
+  /// @param zero of rows r (registers 0 and 2) and r + 8 (1 and 3) of a lane: at most 2^Bits - 1; 0
+  ///             leaves the codes as they are
   QEFT_HOST_DEVICE static constexpr offsets make_offsets(unsigned zero, unsigned zero8) noexcept {
-    return {{offset(0, zero), offset(1, zero8), offset(2, zero), offset(3, zero8)}};
+    offsets add{};
+    for (int i = 0; i < offset_count; ++i) add.of[i] = offset(i, i % 2 == 0 ? zero : zero8);
+    return add;
   }
 
   /// The operand of k-step Step, 0 <= Step < steps.
   template <int Step>
   QEFT_HOST_DEVICE static void step(const lane_words& w, const offsets& add,
                                     std::uint32_t (&a)[4]) noexcept {
-    a[0] = one<Step, 0>(w, add.of[0]);
-    a[1] = one<Step, 1>(w, add.of[1]);
-    a[2] = one<Step, 2>(w, add.of[2]);
-    a[3] = one<Step, 3>(w, add.of[3]);
+    a[0] = one<Step, 0>(w, add.of[0 % offset_count]);
+    a[1] = one<Step, 1>(w, add.of[1 % offset_count]);
+    a[2] = one<Step, 2>(w, add.of[2 % offset_count]);
+    a[3] = one<Step, 3>(w, add.of[3 % offset_count]);
   }
 
  private:

@@ -9,12 +9,14 @@
 
 namespace qeft::warp {
 
-/// Scales and zero points of 16 rows. A lane loads those of two rows and one of four groups; each
-/// group then takes its own from the lane that has them.
+/// Scales and zero points of 16 rows, set after set of four groups. A lane loads those of two rows
+/// and one group and makes of them what the loop needs; each group then takes that from the lane
+/// which has it.
 template <class Format>
 class group_scales {
   using fragment = layout::fragment;
   using scalar = typename Format::scalar_type;
+  using unpack = qeft::unpack<Format::bits, scalar>;
   static constexpr bool has_zeros = Format::zero == zero_kind::integer;
   static constexpr bool is_scaled = Format::zero == zero_kind::scaled;
 
@@ -26,61 +28,62 @@ class group_scales {
   };
 
   group_scales() = default;
-  /// @param first_set number of the rows' first set of four groups among those of all rows:
-  ///                  layout::fragment::group_sets of each tile of 16 rows
+  /// Loads a set. @param set its number among those of all rows: layout::fragment::group_sets of
+  ///                         each tile of 16 rows
   template <class View>
-  __device__ group_scales(const View& w, int first_set) {
-    const index_t first =
-        index_t{first_set} * fragment::lanes + static_cast<int>(threadIdx.x % 32U);
+  __device__ group_scales(const View& w, int set) {
+    const index_t first = index_t{set} * fragment::lanes + static_cast<int>(threadIdx.x % 32U);
     scales_ = reinterpret_cast<const std::uint32_t*>(w.scales) + first;
     if constexpr (has_zeros || is_scaled) {
       zeros_ = reinterpret_cast<const zero_pair*>(w.zeros) + first;
     }
-  }
-
-  /// Loads set `set` of four groups.
-  __device__ void load(int set) {
-    prefetch(set);
+    load_next();
     advance();
   }
-  /// Starts to load a set which takes the place of the loaded one at `advance`.
-  __device__ void prefetch(int set) {
-    arch::load_once<1>(&next_scale_, scales_ + static_cast<index_t>(set) * fragment::lanes);
+
+  /// Starts to load the next set, which takes the place of the present one at `advance`.
+  __device__ void load_next() {
+    arch::load_once<1>(&next_scale_, scales_);
+    scales_ += fragment::lanes;
     if constexpr (has_zeros || is_scaled) {
-      next_zero_ = zeros_[static_cast<index_t>(set) * fragment::lanes];
+      next_zero_ = *zeros_;
+      zeros_ += fragment::lanes;
     }
   }
   __device__ void advance() {
-    scale_ = next_scale_;
-    zero_ = next_zero_;
-  }
-
-  /// Scales of a group of the loaded set, 0 <= group < 4.
-  __device__ pair scale(int group) const { return floats(from_lane(scale_, group)); }
-  /// What unpack adds to codes.
-  __device__ typename unpack<Format::bits, scalar>::offsets offsets(int group) const {
-    using unpack = qeft::unpack<Format::bits, scalar>;
+    scale_ = floats(next_scale_);
     if constexpr (has_zeros) {
       constexpr unsigned width = fragment::zero_width<Format::bits>;
-      const std::uint32_t both = from_lane(zero_, group);
-      return unpack::make_offsets(both & ((1U << width) - 1U), both >> width);
+      offsets_ = unpack::make_offsets(next_zero_ & ((1U << width) - 1U), next_zero_ >> width);
     } else if constexpr (is_scaled) {
-      const pair s = scale(group);
-      const pair z = floats(from_lane(zero_, group));
-      return unpack::make_offsets(nearest_code(s.low, z.low), nearest_code(s.high, z.high));
+      const pair zero = floats(next_zero_);
+      const unsigned low = nearest_code(scale_.low, zero.low);
+      const unsigned high = nearest_code(scale_.high, zero.high);
+      offsets_ = unpack::make_offsets(low, high);
+      rest_ = {fmaf(scale_.low, static_cast<float>(low), zero.low),
+               fmaf(scale_.high, static_cast<float>(high), zero.high)};
     } else {
-      return unpack::make_offsets(Format::mid_code, Format::mid_code);
+      offsets_ = unpack::make_offsets(Format::mid_code, Format::mid_code);
     }
+  }
+
+  /// Scales of a group of the set, 0 <= group < 4.
+  __device__ pair scale(int group) const { return from_lane(scale_, group); }
+  /// What unpack adds to codes.
+  __device__ typename unpack::offsets offsets(int group) const {
+    if constexpr (!has_zeros && !is_scaled) return offsets_;
+    typename unpack::offsets of_group;
+    for (int i = 0; i < unpack::offset_count; ++i) {
+      of_group.of[i] = from_lane(offsets_.of[i], group);
+    }
+    return of_group;
   }
   /// What a weight has beside s (q - z) with the z of `offsets`, when zero points are scaled: at
   /// most s / 2, unless the zero point is out of the codes' range. So what is added up is about as
   /// large as the weights are.
   __device__ pair rest(int group) const {
     static_assert(is_scaled);
-    const pair s = scale(group);
-    const pair z = floats(from_lane(zero_, group));
-    return {fmaf(s.low, static_cast<float>(nearest_code(s.low, z.low)), z.low),
-            fmaf(s.high, static_cast<float>(nearest_code(s.high, z.high)), z.high)};
+    return from_lane(rest_, group);
   }
 
  private:
@@ -89,8 +92,12 @@ class group_scales {
       is_scaled, std::uint32_t,
       std::conditional_t<fragment::zero_width<Format::bits> == 4, std::uint8_t, std::uint16_t>>;
 
-  static __device__ std::uint32_t from_lane(std::uint32_t x, int group) {
+  template <class T>
+  static __device__ T from_lane(T x, int group) {
     return __shfl_sync(0xffffffffU, x, group, fragment::groups_together);
+  }
+  static __device__ pair from_lane(pair x, int group) {
+    return {from_lane(x.low, group), from_lane(x.high, group)};
   }
   /// The code that stands for the weight nearest to 0, where weights are scale * code + zero.
   static __device__ unsigned nearest_code(float scale, float zero) {
@@ -104,12 +111,13 @@ class group_scales {
     return {to_float(low), to_float(high)};
   }
 
-  const std::uint32_t* scales_ = nullptr;
+  const std::uint32_t* scales_ = nullptr;  // the next set's
   const zero_pair* zeros_ = nullptr;
-  std::uint32_t scale_ = 0;
-  std::uint32_t zero_ = 0;
   std::uint32_t next_scale_ = 0;
   std::uint32_t next_zero_ = 0;
+  pair scale_ = {};
+  pair rest_ = {};
+  typename unpack::offsets offsets_ = {};
 };
 
 }  // namespace qeft::warp

@@ -32,6 +32,8 @@ class part_product {
   /// Tiles that are asked for together.
   static constexpr int tiles_together = tiles_per_stage < 4 ? tiles_per_stage : 4;
   static constexpr bool scaled = format::zero == zero_kind::scaled;
+  /// A chunk has the four groups of a set.
+  static constexpr bool set_is_chunk = 4 * GroupColumns == tuning::chunk_columns;
 
  public:
   using activations = warp::activations<scalar, TokenTiles>;
@@ -67,9 +69,13 @@ class part_product {
         if (stage == 0 || next < last) x.template start<other, true>(last - next);
         arch::commit_copies();
         x.template wait<1>();
-        // Behind the last column activations are zeros, which add nothing.
+        // Behind the last column activations are zeros, which add nothing; whole groups are left out.
         unroll<tiles_per_stage>([&](auto i) {
           constexpr int tile = stage * tiles_per_stage + i;
+          if constexpr (set_is_chunk) {
+            constexpr int group_begin = tile * tile_columns / GroupColumns * GroupColumns;
+            if (column + group_begin >= last) return;
+          }
           unroll<unpack::steps / 2>([&](auto pair) {
             constexpr int at = tile * tile_columns + pair * 2 * fragment::step_columns;
             std::uint32_t b[TokenTiles][4];
@@ -198,8 +204,6 @@ class part_product {
   /// The group that is being summed up, without its scale.
   class group_state {
     static constexpr bool is_static = GroupColumns != dynamic;
-    /// A chunk has the four groups of a set.
-    static constexpr bool set_is_chunk = 4 * GroupColumns == tuning::chunk_columns;
     /// Whether it is known that a sum begins at column `at` of a chunk.
     static __device__ constexpr bool begins_sum(int at) {
       return is_static && at % (set_is_chunk ? GroupColumns : tuning::stage_columns) == 0;
@@ -214,8 +218,7 @@ class part_product {
                               : static_cast<int>(quotient(first, columns_))),
           left_((group_ + 1) * columns_ - first) {
       for (int r = 0; r < RowTiles; ++r) {
-        params_[r] = group_scales<format>(p.w_, p.row_tile_[r] * p.group_sets_);
-        params_[r].load(group_ / 4);
+        params_[r] = group_scales<format>(p.w_, p.row_tile_[r] * p.group_sets_ + group_ / 4);
       }
       if (!is_static) enter(group_ % 4);
     }
@@ -225,7 +228,7 @@ class part_product {
       if constexpr (set_is_chunk) {
         for (auto& p : params_) {
           if (column > first_) p.advance();
-          if (column + tuning::chunk_columns < last) p.prefetch(column / tuning::chunk_columns + 1);
+          if (column + tuning::chunk_columns < last) p.load_next();
         }
       } else if constexpr (is_static) {
         if (column > first_) load_set();
@@ -289,7 +292,10 @@ class part_product {
     /// When the group is the first one of another set.
     __device__ void load_set() {
       if (group_ % 4 != 0 || left_ != columns_ || group_ >= 4 * sets_) return;
-      for (auto& p : params_) p.load(group_ / 4);
+      for (auto& p : params_) {
+        p.load_next();
+        p.advance();
+      }
     }
     /// @param group in its set
     __device__ void enter(int group) {
