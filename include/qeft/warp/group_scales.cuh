@@ -71,12 +71,15 @@ class group_scales {
   __device__ pair scale(int group) const { return from_lane(scale_, group); }
   /// What unpack adds to codes.
   __device__ typename unpack::offsets offsets(int group) const {
-    if constexpr (!has_zeros && !is_scaled) return offsets_;
-    typename unpack::offsets of_group;
-    for (int i = 0; i < unpack::offset_count; ++i) {
-      of_group.of[i] = from_lane(offsets_.of[i], group);
+    if constexpr (has_zeros || is_scaled) {
+      typename unpack::offsets of_group;
+      for (int i = 0; i < unpack::offset_count; ++i) {
+        of_group.of[i] = from_lane(offsets_.of[i], group);
+      }
+      return of_group;
+    } else {
+      return offsets_;
     }
-    return of_group;
   }
   /// What a weight has beside s (q - z) with the z of `offsets`, when zero points are scaled: at
   /// most s / 2, unless the zero point is out of the codes' range. So what is added up is about as
