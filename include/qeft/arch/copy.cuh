@@ -39,8 +39,8 @@ __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
                "n"(ToOffset), "n"(FromOffset)
                : "memory");
 }
-/// The same; of these, the first `bytes` come from `from` and the
-/// rest is zero. @pre both addresses are multiples of 16
+/// Starts to write 16 bytes to shared memory: the first `bytes` are copied from `from`, the rest is
+/// zero. @pre both addresses are multiples of 16
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");

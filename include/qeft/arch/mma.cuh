@@ -8,10 +8,10 @@
 
 namespace qeft::arch {
 
-/// d = a * b + c for one warp, accumulated in FP32: A is 16 x 16, B 16 x 8, C and D 16 x 8. Lane l = 4 g + t
-/// holds A as layout::fragment::operand says, of B rows 2 t, 2 t + 1 (b0) and 2 t + 8, 2 t + 9 (b1)
-/// of column g, and of C and D columns 2 t and 2 t + 1 of row g (c[0], c[1]) and of row g + 8 (c[2],
-/// c[3]). All lanes take part.
+/// d = a * b + c for one warp, accumulated in FP32: A is 16 x 16, B 16 x 8, C and D 16 x 8. Lane
+/// l = 4 g + t holds A as layout::fragment::operand says; of B rows 2 t, 2 t + 1 (b0) and 2 t + 8,
+/// 2 t + 9 (b1) of column g; of C and D columns 2 t and 2 t + 1 of row g (c[0], c[1]) and of row
+/// g + 8 (c[2], c[3]). All lanes take part.
 template <class Scalar>
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const std::uint32_t (&a)[4],
                                             std::uint32_t b0, std::uint32_t b1,
@@ -43,8 +43,8 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const std::uint32_t (
 
 /// Four 8 x 8 matrices of 16-bit elements from shared memory: lanes 8 i .. 8 i + 7 give the rows of
 /// matrix i, 16 bytes each and 16-byte aligned, Offset bytes behind `shared_address`; lane
-/// l = 4 g + t gets elements 2 t and 2 t + 1 of row g of each. With rows of tokens: the B operands of
-/// two k-steps. All lanes take part.
+/// l = 4 g + t gets elements 2 t and 2 t + 1 of row g of each. With rows of tokens: the B operands
+/// of two k-steps. All lanes take part.
 template <int Offset>
 __device__ __forceinline__ void load_matrices(std::uint32_t (&m)[4], std::uint32_t shared_address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"

@@ -11,7 +11,6 @@ namespace qeft {
 /// std::integral_constant that device code may convert.
 template <int Value>
 struct constant {
-  static constexpr int value = Value;
   QEFT_HOST_DEVICE constexpr operator int() const noexcept { return Value; }
 };
 

@@ -7,9 +7,9 @@
 namespace qeft::layout {
 
 /// A tile is 16 rows and as many columns as one 16-byte load per lane of a warp brings of the first
-/// bit plane: 256 / its width. A lane's words hold its part of the A operand of mma.m16n8k16 (and of
-/// wgmma), k-step after k-step of 16 columns; a second plane follows the first. The column tiles of
-/// 16 rows are contiguous.
+/// bit plane: 256 / its width. A lane's words hold its part of the A operand of mma.m16n8k16 (and
+/// of wgmma), k-step after k-step of 16 columns; a second plane follows the first. The column tiles
+/// of 16 rows are contiguous.
 ///
 /// In a word the two elements of an operand register lie 16 bits apart, so that one mask makes a
 /// pair of them; registers follow each other from the lowest bits up. In a second plane an element

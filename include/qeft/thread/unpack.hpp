@@ -8,8 +8,8 @@
 
 namespace qeft {
 
-/// Arithmetic on two 16-bit floats in a word, the first one in its lower half. Callable on the host,
-/// where it is slow.
+/// Arithmetic on two 16-bit floats in a word, the first one in its lower half. Callable on the
+/// host, where it is slow.
 template <class Scalar>
 struct pair_of;
 
@@ -127,8 +127,8 @@ class unpack {
   static constexpr int words = 4 * Bits / low_width;
   using lane_words = std::uint32_t[static_cast<std::size_t>(words)];
 
-  /// Different numbers that are added to the registers: to register r number r % offset_count. (Fields
-  /// of 4 and 8 bits lie alike in registers r and r + 2.)
+  /// Different numbers that are added to the registers: to register r number r % offset_count.
+  /// (Fields of 4 and 8 bits lie alike in registers r and r + 2.)
   static constexpr int offset_count = low_width == 2 ? 4 : 2;
   struct offsets {
     std::uint32_t of[static_cast<std::size_t>(offset_count)];

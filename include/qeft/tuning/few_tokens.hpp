@@ -15,8 +15,8 @@ constexpr int warps_for(int parts) noexcept {
   return static_cast<int>(ceil_div(parts, rounds));
 }
 
-/// Tiles of 16 rows that a warp multiplies at a time: two share the activations, where that leaves a
-/// block for every second multiprocessor at least.
+/// Tiles of 16 rows that a warp multiplies at a time: two share the activations, where that leaves
+/// a block for every second multiprocessor at least.
 constexpr int row_tiles_for(index_t row_tiles, int multiprocessors) noexcept {
   return row_tiles >= index_t{multiprocessors} ? 2 : 1;
 }

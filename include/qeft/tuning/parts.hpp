@@ -14,8 +14,8 @@ inline constexpr int stage_columns = chunk_columns / 2;
 inline constexpr int most_parts = 4;
 
 /// Runs of columns that are summed up one by one, their sums then in this order: first the dense
-/// ones, then the weak ones. They depend on shape and bits alone, so that a result depends neither on
-/// the number of multiprocessors nor on who sums up what.
+/// ones, then the weak ones. They depend on shape and bits alone, so that a result depends neither
+/// on the number of multiprocessors nor on who sums up what.
 struct parts {
   int dense;          // number of parts
   int dense_columns;  // columns of each, but the last one

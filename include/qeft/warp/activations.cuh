@@ -49,9 +49,9 @@ class activations {
     }
   }
 
-  /// Starts to copy the next columns, of which there are `left`, into stage Which; behind them zeros,
-  /// up to a multiple of 32 columns, or with Fill to the end of the stage. @pre all lanes take part
-  /// and have left what was in the stage
+  /// Starts to copy the next columns, of which there are `left`, into stage Which; behind them
+  /// zeros, up to a multiple of 32 columns, or with Fill to the end of the stage. @pre all lanes
+  /// take part and have left what was in the stage
   template <int Which, bool Fill>
   __device__ void start(int left) {
     constexpr int begin = Which * columns * 2;

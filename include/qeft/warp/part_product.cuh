@@ -15,7 +15,8 @@ struct sums {
 };
 
 /// A warp's part of the product with a layer over layout::fragment.
-/// @tparam View       quantized_matrix_view<Format, weak_tail<...>, layout::fragment, device_memory>
+/// @tparam View         quantized_matrix_view<Format, weak_tail<...>, layout::fragment,
+///                      device_memory>
 /// @tparam GroupColumns tuning::chunk_columns for groups of any multiple of it, and for one group;
 ///                      a quarter of it; dynamic for any other
 template <class View, int RowTiles, int TokenTiles, index_t GroupColumns>
@@ -69,7 +70,8 @@ class part_product {
         if (stage == 0 || next < last) x.template start<other, true>(last - next);
         arch::commit_copies();
         x.template wait<1>();
-        // Behind the last column activations are zeros, which add nothing; whole groups are left out.
+        // Behind the last column activations are zeros, which add nothing; whole groups are left
+        // out.
         unroll<tiles_per_stage>([&](auto i) {
           constexpr int tile = stage * tiles_per_stage + i;
           if constexpr (set_is_chunk) {
@@ -158,8 +160,8 @@ class part_product {
     }
     /// The words of tile i of a chunk.
     __device__ const words& tile(int i) const { return ring_[i % tiles_ahead]; }
-    /// Instead of tiles_together tiles from First on of the chunk at `column`, which are done, later
-    /// ones.
+    /// Instead of tiles_together tiles from First on of the chunk at `column`, which are done,
+    /// later ones.
     template <int First>
     __device__ void load_next(int column) {
       load<First + tiles_ahead, tiles_together>(column + (First + tiles_ahead) * tile_columns);
@@ -261,8 +263,8 @@ class part_product {
         }
       });
     }
-    /// Behind the columns up to At of a chunk. Sums over many products are rounded by tensor cores in
-    /// one direction, so none goes on for more than a stage.
+    /// Behind the columns up to At of a chunk. Tensor cores round sums over many products in one
+    /// direction, so none goes on for more than a stage.
     template <int At>
     __device__ void passed(result& sum) {
       constexpr bool ends_stage = At % tuning::stage_columns == 0;
