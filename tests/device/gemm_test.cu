@@ -1,90 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products on the device against the definition in double, for random layers; epilogues, refusals,
 // graphs, and the same bits whatever stands beside a token.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <vector>
-
+#include "device/support.cuh"
 #include "qeft/container/repack.hpp"
 #include "qeft/qeft.cuh"
-#include "support/cases.hpp"
 
 namespace {
 
+using namespace qeft_test;
 using qeft::errc;
 using qeft::index_t;
 using qeft::on_stream;
 using qeft::quant_format;
 using qeft::zero_kind;
 using qeft::layout::fragment;
-
-int failures = 0;
-
-void fail(const std::string& what) {
-  ++failures;
-  std::printf("failed: %s\n", what.c_str());
-}
-void check(bool good, const char* what) {
-  if (!good) fail(what);
-}
-void check(cudaError_t e, const char* what) {
-  if (e == cudaSuccess) return;
-  std::printf("%s: %s\n", what, cudaGetErrorString(e));
-  std::exit(1);
-}
-
-template <class T>
-using device_array = qeft::buffer<T, qeft::device_memory>;
-
-template <class T>
-std::vector<T> to_host(const device_array<T>& a) {
-  std::vector<T> host(static_cast<std::size_t>(a.size()));
-  a.download(host.data());
-  return host;
-}
-
-/// Activations of which one in a hundred is 60 times as large.
-template <class Scalar>
-std::vector<Scalar> random_activations(qeft_test::random_source& random, index_t count) {
-  std::vector<Scalar> x(static_cast<std::size_t>(count));
-  for (Scalar& v : x) {
-    const float size = random.chance(1) ? 60.0F : 1.0F;
-    v = qeft::from_float<Scalar>(size * static_cast<float>(random.real()));
-  }
-  return x;
-}
-
-template <class Y>
-constexpr double rounding() {
-  if (std::is_same_v<Y, qeft::half_bits>) return 0x1p-11;
-  return std::is_same_v<Y, qeft::bf16_bits> ? 0x1p-8 : 0;
-}
-
-/// The largest error as a part of |err| <= u |y| + 8 eps sum |w x| + 2^-24.
-template <class Scalar, class Y>
-double error_of(const qeft_test::plain_layer& layer, const std::vector<Scalar>& x,
-                const std::vector<Y>& y) {
-  const auto w = qeft_test::weights_of(layer);
-  const index_t oc = layer.d.out_channels;
-  const index_t ic = layer.d.in_channels;
-  double worst = 0;
-  for (index_t i = 0; i < static_cast<index_t>(y.size()); ++i) {
-    const float* row = w.data() + i % oc * ic;
-    const Scalar* token = x.data() + i / oc * ic;
-    double sum = 0;
-    double magnitude = 0;
-    for (index_t c = 0; c < ic; ++c) {
-      const double term = static_cast<double>(row[c]) * static_cast<double>(to_float(token[c]));
-      sum += term;
-      magnitude += std::abs(term);
-    }
-    const auto got = static_cast<double>(qeft::to_float(y[static_cast<std::size_t>(i)]));
-    const double bound = rounding<Y>() * std::abs(sum) + 8 * 0x1p-23 * magnitude + 0x1p-24;
-    worst = std::max(worst, std::isfinite(got) ? std::abs(got - sum) / bound : INFINITY);
-  }
-  return worst;
-}
 
 /// y of the first `tokens` tokens.
 template <class Y, class Format, class Scalar, class Epilogue = qeft::epilogue::none>
@@ -98,21 +27,16 @@ std::vector<Y> product(const qeft::quantized_matrix<fragment, qeft::device_memor
     device_array<std::byte> space(workspace_bytes(on_stream{}, view, x.data(), tokens));
     const on_stream exec{stream, {space.data(), space.size()}};
     const qeft::status s = gemm(exec, view, x.data(), tokens, y.data(), epilogue);
-    if (!s.ok()) fail(qeft_test::describe(d) + ": " + s.message());
+    if (!s.ok()) fail(describe(d) + ": " + s.message());
     check(cudaDeviceSynchronize(), "gemm");
   });
   return to_host(y);
 }
 
-template <class T>
-bool same_start(const std::vector<T>& a, const std::vector<T>& b) {
-  return std::memcmp(a.data(), b.data(), std::min(a.size(), b.size()) * sizeof(T)) == 0;
-}
-
 template <class Y, class Format>
-void compare(const qeft_test::plain_layer& layer, qeft_test::random_source& random) {
+void compare(const plain_layer& layer, random_source& random) {
   using scalar = typename Format::scalar_type;
-  const qeft::quantized_matrix<fragment, qeft::device_memory> w(qeft_test::pack<fragment>(layer));
+  const qeft::quantized_matrix<fragment, qeft::device_memory> w(pack<fragment>(layer));
   const qeft::matrix_descriptor& d = layer.d;
   const index_t most = random.integer(9, 20);
   const auto x = random_activations<scalar>(random, most * d.in_channels);
@@ -120,64 +44,30 @@ void compare(const qeft_test::plain_layer& layer, qeft_test::random_source& rand
   device_x.upload(x.data());
   const auto all = product<Y, Format>(w, device_x, most);
   if (const double e = error_of(layer, x, all); !(e <= 1)) {
-    fail(qeft_test::describe(d) + ": error of " + std::to_string(e) + " times the bound");
+    fail(describe(d) + ": error of " + std::to_string(e) + " times the bound");
   }
   for (const index_t tokens : {index_t{1}, random.integer(2, 8)}) {
     if (!same_start(product<Y, Format>(w, device_x, tokens), all)) {
-      fail(qeft_test::describe(d) + ": other bits with " + std::to_string(tokens) + " tokens");
+      fail(describe(d) + ": other bits with " + std::to_string(tokens) + " tokens");
     }
   }
-}
-
-/// What is compared on a device: every width, kind of zero point and type, if not all of their
-/// combinations.
-using tested_formats =
-    qeft::format_list<quant_format<4>, quant_format<3>,
-                      quant_format<2, qeft::dynamic, zero_kind::integer, qeft::bf16_bits>,
-                      quant_format<8>,
-                      quant_format<4, qeft::dynamic, zero_kind::integer, qeft::bf16_bits>,
-                      quant_format<3, qeft::dynamic, zero_kind::symmetric, qeft::bf16_bits>,
-                      quant_format<8, qeft::dynamic, zero_kind::scaled, qeft::bf16_bits>,
-                      quant_format<2, qeft::dynamic, zero_kind::scaled>>;
-
-template <class Y, class... Formats>
-bool compare_if_tested(const qeft_test::plain_layer& layer, qeft_test::random_source& random,
-                       const qeft::format_list<Formats...>&) {
-  const auto attempt = [&](auto format) {
-    using f = decltype(format);
-    if (!qeft::format_matches<f>(layer.d)) return false;
-    compare<Y, f>(layer, random);
-    return true;
-  };
-  return (attempt(Formats{}) || ...);
 }
 
 int compare_random_layers(int count, std::uint64_t seed) {
   int ran = 0;
   for (; ran < count; ++seed) {
-    qeft_test::random_source random(seed);
-    const auto layer = qeft_test::random_case(random, 40000);
-    if (compare_if_tested<float>(layer, random, tested_formats{})) ++ran;
+    random_source random(seed);
+    const auto layer = random_case(random, 40000);
+    const bool ran_one =
+        if_tested(layer, [&](auto format) { compare<float, decltype(format)>(layer, random); });
+    if (ran_one) ++ran;
   }
   return ran;
 }
 
-qeft_test::plain_layer layer_of(index_t oc, index_t ic, index_t k, index_t group = 128,
-                                int bits = 4) {
-  qeft::matrix_descriptor d;
-  d.bits = bits;
-  d.out_channels = oc;
-  d.in_channels = ic;
-  d.group_size = group;
-  d.weak = qeft::weak_kind::tail;
-  d.weak_columns = k;
-  qeft_test::random_source random(1);
-  return qeft_test::random_layer(d, random);
-}
-
 /// Groups of all relations to tiles, stages, chunks and parts.
 void compare_groups() {
-  qeft_test::random_source random(3);
+  random_source random(3);
   for (const index_t group :
        {index_t{32}, index_t{64}, index_t{96}, index_t{128}, index_t{256}, index_t{384},
         index_t{512}, index_t{1024}, index_t{1536}, qeft::per_channel}) {
@@ -200,8 +90,8 @@ struct user_epilogue {
 
 void check_outputs() {
   const auto layer = layer_of(77, 520, 16);
-  const qeft::quantized_matrix<fragment, qeft::device_memory> w(qeft_test::pack<fragment>(layer));
-  qeft_test::random_source random(2);
+  const qeft::quantized_matrix<fragment, qeft::device_memory> w(pack<fragment>(layer));
+  random_source random(2);
   const auto x = random_activations<qeft::half_bits>(random, 3 * 520);
   device_array<qeft::half_bits> device_x(3 * 520);
   device_x.upload(x.data());
@@ -259,16 +149,9 @@ void check_outputs() {
   check(cudaStreamDestroy(stream), "cudaStreamDestroy");
 }
 
-/// Whether a call is refused with a message that has `word`.
-void check_refused(const qeft::status& s, errc code, const char* word) {
-  if (s.code() != code || s.message().find(word) == std::string::npos) {
-    fail(std::string("refusal with '") + word + "': " + s.message());
-  }
-}
-
 void check_refusals() {
   const auto layer = layer_of(40, 300, 16);
-  const qeft::quantized_matrix<fragment, qeft::device_memory> w(qeft_test::pack<fragment>(layer));
+  const qeft::quantized_matrix<fragment, qeft::device_memory> w(pack<fragment>(layer));
   device_array<qeft::half_bits> x(2 * 300);
   device_array<float> y(2 * 40);
   const auto view = w.view<quant_format<4>>(qeft::weak_tail<>{{16}});
@@ -327,11 +210,7 @@ void check_refusals() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("skipped: no CUDA device and no simulator\n");
-    return 77;
-  }
+  if (!has_device()) return 77;
   check_outputs();
   check_refusals();
   compare_groups();

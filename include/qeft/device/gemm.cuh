@@ -3,8 +3,7 @@
 // number.
 #pragma once
 
-#include "qeft/container/quantized_matrix.hpp"
-#include "qeft/device/on_stream.cuh"
+#include "qeft/device/checks.cuh"
 #include "qeft/kernel/few_tokens.cuh"
 #include "qeft/kernel/gather.cuh"
 #include "qeft/tuning/few_tokens.hpp"
@@ -15,32 +14,6 @@ namespace device::detail {
 
 using qeft::detail::cuda_status;
 using qeft::detail::launch_kernel;
-
-/// What every function here asks of activations and outputs.
-template <class X, class Y>
-constexpr void check_scalars() {
-  static_assert(std::is_same_v<X, half_bits> || std::is_same_v<X, bf16_bits>,
-                "qeft: products on a stream need qeft::half_bits or qeft::bf16_bits activations");
-  static_assert(
-      std::is_same_v<Y, float> || std::is_same_v<Y, half_bits> || std::is_same_v<Y, bf16_bits>,
-      "qeft: products on a stream need float, qeft::half_bits or qeft::bf16_bits outputs");
-}
-/// What every function here asks of a view and its activations.
-template <class View, class X>
-constexpr void check_types() {
-  static_assert(std::is_same_v<typename View::memory_type, device_memory>,
-                "qeft: products on a stream need a matrix in device memory");
-  static_assert(std::is_same_v<typename View::layout_type, layout::fragment>,
-                "qeft: products on a stream need qeft::layout::fragment; repack the matrix");
-  static_assert(std::is_same_v<typename View::scalar_type, X>,
-                "qeft: products on a stream need activations of the layer's scalar type");
-}
-
-inline status refuse(const std::string& reason) { return {errc::invalid_argument, reason}; }
-
-inline bool is_aligned(const void* p, std::uintptr_t bytes) {
-  return reinterpret_cast<std::uintptr_t>(p) % bytes == 0;
-}
 
 /// Where the activations of a launch lie.
 struct activation_plan {
@@ -59,11 +32,6 @@ activation_plan plan_activations(const View& w, const void* x) {
   }
   return {true, round_up(dense, 8) + round_up(w.weak_columns(), 8), round_up(dense, 8)};
 }
-
-/// Numbers that fit the 32-bit arithmetic of kernels.
-inline constexpr index_t most_channels = index_t{1} << 28;
-/// What gather, which has a row of blocks per token, can be launched for.
-inline constexpr index_t most_tokens = 65535;
 
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue>
 status launch_few(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Epilogue>& args) {
@@ -129,59 +97,12 @@ status supports_gemm(const on_stream& exec, const quantized_matrix_view<F, W, L,
   namespace d = device::detail;
   d::check_scalars<X, Y>();
   d::check_types<quantized_matrix_view<F, W, L, M>, X>();
-  if (w.out_channels < 1 || w.in_channels < 1 || w.dense_columns() < 0 ||
-      w.out_channels > d::most_channels || w.in_channels > d::most_channels) {
-    return d::refuse(text("gemm: w is ", w.out_channels, " x ", w.in_channels, " with ",
-                          w.weak_columns(), " weak columns, but must have 1 to ", d::most_channels,
-                          " rows and columns and at most in_channels weak columns"));
-  }
-  if (w.columns_per_group < 1 || w.columns_per_group > d::most_channels ||
-      w.groups != ceil_div(w.dense_columns(), w.columns_per_group) ||
-      (w.groups > 1 && w.columns_per_group % 32 != 0)) {
-    return d::refuse(text("gemm: w has groups = ", w.groups, " and columns_per_group = ",
-                          w.columns_per_group, ", but its ", w.dense_columns(),
-                          " dense columns need groups of a multiple of 32, or one for all"));
-  }
-  const auto bad = [](const void* p, bool needed) {
-    return needed && (p == nullptr || !d::is_aligned(p, 16));
-  };
-  const bool dense = w.dense_columns() > 0;
-  const char* name = nullptr;
-  if (bad(w.codes, dense)) name = "codes";
-  if (bad(w.scales, dense)) name = "scales";
-  if (bad(w.zeros, dense && F::zero != zero_kind::symmetric)) name = "zeros";
-  if (bad(w.weak_values, w.weak_columns() > 0)) name = "weak_values";
-  if (name != nullptr) {
-    return d::refuse(text("gemm: ", name,
-                          " of w is null or not 16-byte aligned; make the view "
-                          "with quantized_matrix::view"));
-  }
-  if (tokens < 0 || tokens > d::most_tokens) {
-    return d::refuse(
-        text("gemm: tokens is ", tokens, ", but must be between 0 and ", d::most_tokens));
-  }
-  if (tokens > 0 && (x == nullptr || y == nullptr)) {
-    return d::refuse(
-        text("gemm: ", x == nullptr ? "x" : "y", " is null, but there are ", tokens, " tokens"));
-  }
-  const index_t needed = workspace_bytes(exec, w, x, tokens);
-  if (needed > exec.workspace.size() ||
-      (needed > 0 &&
-       (exec.workspace.data() == nullptr || !d::is_aligned(exec.workspace.data(), 256)))) {
-    return d::refuse(text("gemm: exec.workspace has ", exec.workspace.size(),
-                          " bytes, but must have ", needed,
-                          " with an alignment of 256 (workspace_bytes)"));
-  }
-  int capability = 0;
-  if (status s = qeft::detail::device_attribute(capability, cudaDevAttrComputeCapabilityMajor);
-      !s.ok()) {
+  if (status s = d::check_layer("gemm", w); !s.ok()) return s;
+  if (status s = d::check_tokens("gemm", tokens, {{"x", x}, {"y", y}}); !s.ok()) return s;
+  if (status s = d::check_workspace("gemm", exec, workspace_bytes(exec, w, x, tokens)); !s.ok()) {
     return s;
   }
-  if (capability < 8) {
-    return {errc::unsupported,
-            text("gemm: the device has compute capability ", capability, ".x, but 8.0 is needed")};
-  }
-  return {};
+  return d::check_capability("gemm");
 }
 
 /// Y = X W^T (METHOD section 5), accumulated in FP32, then the epilogue. A token's result depends
@@ -242,43 +163,12 @@ status gemv(const on_stream& exec, const quantized_matrix_view<F, W, L, M>& w, c
   return gemm(exec, w, x, 1, y, epilogue);
 }
 
-namespace device::detail {
-
-/// body(view) with the typed view of a matrix, which must be of X's type and one of Formats.
-template <class Formats, class X, class Y, class M, class Body>
-status with_view(const quantized_matrix<layout::fragment, M>& w, const Body& body) {
-  check_scalars<X, Y>();
-  const matrix_descriptor& d = w.descriptor();
-  if (status s = validate(d); !s.ok()) return s;  // moved from, or never filled
-  if constexpr (std::is_same_v<X, half_bits> || std::is_same_v<X, bf16_bits>) {
-    if (scalar_kind_of<X>::value != d.scalar) {
-      return {errc::unsupported,
-              text("gemm: x is ", to_string(scalar_kind_of<X>::value), ", but the layer ",
-                   to_string(d.scalar), "; on a device they must be the same")};
-    }
-    status result;
-    try {
-      w.template visit<Formats>([&](const auto& view) {
-        using view_type = std::decay_t<decltype(view)>;
-        if constexpr (std::is_same_v<typename view_type::scalar_type, X>) {
-          static_cast<void>(result = body(view));  // nvcc takes it for a value that is dropped
-        }
-      });
-    } catch (const error& e) {  // a format that is not built in
-      return {e.code(), e.what()};
-    }
-    return result;
-  }
-}
-
-}  // namespace device::detail
-
 /// workspace_bytes of a layer whose format is known at run time; 0 where that is not built in.
 template <class Formats = device_formats, class M, class X>
 index_t workspace_bytes(const on_stream& exec, const quantized_matrix<layout::fragment, M>& w,
                         const X* x, index_t tokens) {
   index_t bytes = 0;
-  static_cast<void>(device::detail::with_view<Formats, X, float>(w, [&](const auto& view) {
+  static_cast<void>(device::detail::with_view<Formats, X>("gemm", w, [&](const auto& view) {
     bytes = workspace_bytes(exec, view, x, tokens);
     return status{};
   }));
@@ -289,8 +179,8 @@ index_t workspace_bytes(const on_stream& exec, const quantized_matrix<layout::fr
 template <class Formats = device_formats, class M, class X, class Y>
 status supports_gemm(const on_stream& exec, const quantized_matrix<layout::fragment, M>& w,
                      const X* x, index_t tokens, const Y* y) {
-  return device::detail::with_view<Formats, X, Y>(
-      w, [&](const auto& view) { return supports_gemm(exec, view, x, tokens, y); });
+  return device::detail::with_view<Formats, X>(
+      "gemm", w, [&](const auto& view) { return supports_gemm(exec, view, x, tokens, y); });
 }
 
 /// gemm of a layer whose format is known at run time, out of Formats. A format that is not built in
@@ -299,8 +189,8 @@ template <class Formats = device_formats, class M, class X, class Y,
           class Epilogue = epilogue::none>
 status gemm(const on_stream& exec, const quantized_matrix<layout::fragment, M>& w, const X* x,
             index_t tokens, Y* y, const Epilogue& epilogue = {}) {
-  return device::detail::with_view<Formats, X, Y>(
-      w, [&](const auto& view) { return gemm(exec, view, x, tokens, y, epilogue); });
+  return device::detail::with_view<Formats, X>(
+      "gemm", w, [&](const auto& view) { return gemm(exec, view, x, tokens, y, epilogue); });
 }
 
 /// gemv of a layer whose format is known at run time, out of Formats.
