@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(32 * tuning::few_tokens_warps, TokenTiles == 1
     few_tokens(const __grid_constant__ few_tokens_args<View, Y, Epilogue> args) {
   using product = warp::part_product<View, RowTiles, TokenTiles, GroupColumns>;
   using scalar = typename View::scalar_type;
+  using activations = warp::activations<scalar, TokenTiles>;
   constexpr int rows = RowTiles * 16;
   extern __shared__ uint4 shared[];
 
@@ -58,15 +59,14 @@ __global__ void __launch_bounds__(32 * tuning::few_tokens_warps, TokenTiles == 1
   const int lane = static_cast<int>(threadIdx.x % 32U);
   const int most_tokens = min(args.tokens, 8 * TokenTiles);
   char* const mine =
-      reinterpret_cast<char*>(shared) + warp * product::activations::shared_bytes(most_tokens);
-  float* const part_sums = reinterpret_cast<float*>(
-      reinterpret_cast<char*>(shared) + warps * product::activations::shared_bytes(most_tokens));
+      reinterpret_cast<char*>(shared) + warp * activations::shared_bytes(most_tokens);
+  float* const part_sums = reinterpret_cast<float*>(reinterpret_cast<char*>(shared) +
+                                                    warps * activations::shared_bytes(most_tokens));
 
   const auto x_of = [&](const scalar* x) {
-    return typename product::activations(
-        warp::token_rows<scalar>{x + static_cast<index_t>(first_token) * args.stride, args.stride,
-                                 tokens},
-        mine);
+    return activations(warp::token_rows<scalar>{x + static_cast<index_t>(first_token) * args.stride,
+                                                args.stride, tokens},
+                       mine);
   };
   const product of(args.w, static_cast<int>(blockIdx.x) * RowTiles);
   for (int part = warp; part < parts.count(); part += warps) {
@@ -74,12 +74,12 @@ __global__ void __launch_bounds__(32 * tuning::few_tokens_warps, TokenTiles == 1
     if (part < parts.dense) {
       const int first = part * parts.dense_columns;
       const int last = min(first + parts.dense_columns, static_cast<int>(args.w.dense_columns()));
-      typename product::activations x = x_of(args.dense_x + first);
+      activations x = x_of(args.dense_x + first);
       of.add_dense(first, last, x, sum);
     } else {
       const int first = (part - parts.dense) * parts.weak_columns;
       const int last = min(first + parts.weak_columns, static_cast<int>(args.w.weak_columns()));
-      typename product::activations x = x_of(args.weak_x + first);
+      activations x = x_of(args.weak_x + first);
       of.add_weak(first, last, x, sum);
     }
     const int token = lane % 4 * 2;

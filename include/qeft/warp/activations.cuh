@@ -51,7 +51,7 @@ class activations {
 
   /// Starts to copy the next columns, of which there are `left`, into stage Which; behind them
   /// zeros, up to a multiple of 32 columns, or with Fill to the end of the stage. @pre all lanes
-  /// take part and have left what was in the stage
+  /// take part and have left the stage
   template <int Which, bool Fill>
   __device__ void start(int left) {
     constexpr int begin = Which * columns * 2;
@@ -72,6 +72,8 @@ class activations {
       next_[i] += columns;
     }
   }
+  /// Before `start`: no lane reads any more of what is in the stage.
+  __device__ void leave() const { __syncwarp(); }
   /// Waits for all stages but the last Pending that were committed.
   template <int Pending>
   __device__ void wait() const {

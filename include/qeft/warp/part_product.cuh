@@ -37,7 +37,6 @@ class part_product {
   static constexpr bool set_is_chunk = 4 * GroupColumns == tuning::chunk_columns;
 
  public:
-  using activations = warp::activations<scalar, TokenTiles>;
   using result = sums<RowTiles, TokenTiles>;
 
   /// @param row_tile the first of RowTiles tiles of 16 rows; those behind the last one repeat it
@@ -54,8 +53,9 @@ class part_product {
 
   /// Adds the dense columns [first, last), group after group. @pre first is a multiple of
   /// tuning::chunk_columns, and so is last unless the columns end there; all lanes take part
-  /// @param x activations of these columns
-  __device__ void add_dense(int first, int last, activations& x, result& sum) const {
+  /// @param x activations of these columns: warp::activations, or what else stages them
+  template <class Activations>
+  __device__ void add_dense(int first, int last, Activations& x, result& sum) const {
     code_stream codes(*this, first, last);
     group_state group(*this, first);
     x.template start<0, true>(last - first);
@@ -66,7 +66,7 @@ class part_product {
         // While this stage is multiplied, the other one is filled.
         constexpr int other = 1 - stage;
         const int next = column + (stage + 1) * tuning::stage_columns;
-        __syncwarp();
+        x.leave();
         if (stage == 0 || next < last) x.template start<other, true>(last - next);
         arch::commit_copies();
         x.template wait<1>();
@@ -98,7 +98,8 @@ class part_product {
 
   /// Adds the weak columns [first, last). @pre first is a multiple of 16; all lanes take part
   /// @param x activations of these columns
-  __device__ void add_weak(int first, int last, activations& x, result& sum) const {
+  template <class Activations>
+  __device__ void add_weak(int first, int last, Activations& x, result& sum) const {
     const int lane = static_cast<int>(threadIdx.x % 32U);
     const std::uint32_t* words[RowTiles];
     for (int r = 0; r < RowTiles; ++r) {
@@ -107,7 +108,7 @@ class part_product {
                  step * (fragment::lanes * 4) + lane * 4;
     }
     for (int column = first; column < last; column += tuning::stage_columns) {
-      __syncwarp();  // all lanes have left the stage before
+      x.leave();
       x.template start<0, false>(last - column);
       arch::commit_copies();
       x.template wait<0>();
