@@ -14,7 +14,14 @@ using layer = quantized_matrix_view<Format, weak_tail<>, layout::fragment, devic
   template __global__ void                                                             \
   few_tokens<row_tiles, token_tiles, group, layer<format>, half_bits, epilogue::none>( \
       const __grid_constant__ few_tokens_args<layer<format>, half_bits, epilogue::none> args);
+#define QEFT_MANY(format, token_warps, group)                                                 \
+  template __global__ void                                                                    \
+  many_tokens<token_warps, group, layer<format>, half_bits, epilogue::none>(                  \
+      const __grid_constant__ few_tokens_args<layer<format>, half_bits, epilogue::none> args, \
+      float* part_sums);
 #define QEFT_KERNELS(format, group) \
+  QEFT_MANY(format, 1, group)       \
+  QEFT_MANY(format, 2, group)       \
   QEFT_KERNEL(format, 1, 1, group)  \
   QEFT_KERNEL(format, 2, 1, group)  \
   QEFT_KERNEL(format, 1, 2, group)  \

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "qeft/device/checks.cuh"
+#include "qeft/device/many_tokens.cuh"
 #include "qeft/kernel/few_tokens.cuh"
 #include "qeft/kernel/gather.cuh"
 #include "qeft/tuning/few_tokens.hpp"
@@ -11,9 +12,6 @@
 namespace qeft {
 inline namespace QEFT_TARGET {
 namespace device::detail {
-
-using qeft::detail::cuda_status;
-using qeft::detail::launch_kernel;
 
 /// Where the activations of a launch lie.
 struct activation_plan {
@@ -33,17 +31,22 @@ activation_plan plan_activations(const View& w, const void* x) {
   return {true, round_up(dense, 8) + round_up(w.weak_columns(), 8), round_up(dense, 8)};
 }
 
+/// Bytes of the workspace for activations in order.
+inline index_t gathered_bytes(const activation_plan& plan, index_t tokens) {
+  return plan.gathered ? round_up(tokens * plan.stride * 2, 256) : 0;
+}
+
+template <class View>
+tuning::parts parts_of(const View& w) {
+  return tuning::make_parts(View::format_type::bits, w.dense_columns(), w.weak_columns());
+}
+
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue>
 status launch_few(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Epilogue>& args) {
   const auto k = kernel::few_tokens<RowTiles, TokenTiles, GroupColumns, View, Y, Epilogue>;
   constexpr int most_shared = kernel::most_few_tokens_shared_bytes(RowTiles, TokenTiles);
   static_assert(most_shared <= 99 * 1024, "more than a device of compute capability 8.6 has");
-  if constexpr (most_shared > 48 * 1024) {
-    // Always the same value: it belongs to the function, not to the launch.
-    const cudaError_t code =
-        cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
-    if (code != cudaSuccess) return cuda_status(code, "gemm: cudaFuncSetAttribute");
-  }
+  if (status s = allow_shared("gemm", k, most_shared); !s.ok()) return s;
   const int tokens = args.tokens < 8 * TokenTiles ? args.tokens : 8 * TokenTiles;
   const int warps = tuning::warps_for(args.parts.count());
   const dim3 grid(static_cast<unsigned>(ceil_div(args.w.out_channels, 16 * RowTiles)),
@@ -53,22 +56,17 @@ status launch_few(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Ep
                        stream, args);
 }
 
-/// Picks the kernel.
 template <class View, class Y, class Epilogue>
-status launch(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Epilogue>& args) {
+status launch_few(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Epilogue>& args) {
   int multiprocessors = 0;
   if (status s = qeft::detail::device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount);
       !s.ok()) {
     return s;
   }
   const auto with_tiles = [&](auto row_tiles, auto token_tiles) {
-    constexpr index_t chunk = tuning::chunk_columns;
-    const index_t group = args.w.columns_per_group;
-    if (args.w.groups <= 1 || group % chunk == 0) {
-      return launch_few<row_tiles, token_tiles, chunk>(stream, args);
-    }
-    if (group == chunk / 4) return launch_few<row_tiles, token_tiles, chunk / 4>(stream, args);
-    return launch_few<row_tiles, token_tiles, dynamic>(stream, args);
+    return with_group_columns(args.w, [&](auto group_columns) {
+      return launch_few<row_tiles, token_tiles, group_columns>(stream, args);
+    });
   };
   const auto with_rows = [&](auto token_tiles) {
     const index_t tiles = layout::fragment::row_tiles(args.w.extent());
@@ -81,13 +79,16 @@ status launch(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Epilog
 
 }  // namespace device::detail
 
-/// Bytes of workspace that gemm needs with these operands; 0 where it reads x as it lies.
+/// Bytes of workspace that gemm needs with these operands: for activations that it cannot read as
+/// they lie, and for sums of parts when more than 16 tokens leave too few blocks otherwise.
 template <class F, class W, class L, class M, class X>
 index_t workspace_bytes(const on_stream&, const quantized_matrix_view<F, W, L, M>& w, const X* x,
                         index_t tokens) {
   device::detail::check_types<quantized_matrix_view<F, W, L, M>, X>();
-  const auto plan = device::detail::plan_activations(w, x);
-  return plan.gathered ? tokens * plan.stride * 2 : 0;
+  namespace d = device::detail;
+  const d::activation_plan plan = d::plan_activations(w, x);
+  return d::gathered_bytes(plan, tokens) +
+         d::part_sums_bytes(d::parts_of(w), w.out_channels, tokens);
 }
 
 /// Whether gemm would accept these operands, and why not.
@@ -144,16 +145,18 @@ status gemm(const on_stream& exec, const quantized_matrix_view<F, W, L, M>& w, c
     x = to;
   }
   using view = decltype(as_tail(w));
-  const kernel::few_tokens_args<view, Y, Epilogue> args{
-      as_tail(w),
-      x,
-      x + plan.weak_at,
-      static_cast<int>(plan.stride),
-      static_cast<int>(tokens),
-      y,
-      epilogue,
-      tuning::make_parts(F::bits, w.dense_columns(), w.weak_columns())};
-  return d::launch(exec.stream, args);
+  const kernel::few_tokens_args<view, Y, Epilogue> args{as_tail(w),
+                                                        x,
+                                                        x + plan.weak_at,
+                                                        static_cast<int>(plan.stride),
+                                                        static_cast<int>(tokens),
+                                                        y,
+                                                        epilogue,
+                                                        d::parts_of(w)};
+  if (tokens < tuning::many_tokens_from) return d::launch_few(exec.stream, args);
+  std::byte* const behind = exec.workspace.data() + d::gathered_bytes(plan, tokens);
+  const bool by_parts = d::part_sums_bytes(args.parts, w.out_channels, tokens) > 0;
+  return d::launch_many(exec.stream, args, by_parts ? reinterpret_cast<float*>(behind) : nullptr);
 }
 
 /// y = W x: gemm of one token. @param x (IC) @param y (OC)

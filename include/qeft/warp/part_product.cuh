@@ -12,6 +12,28 @@ namespace qeft::warp {
 template <int RowTiles, int TokenTiles>
 struct sums {
   float of[RowTiles][TokenTiles][4] = {};
+
+  __device__ sums& operator+=(const sums& x) {
+    for (int r = 0; r < RowTiles; ++r) {
+      for (int t = 0; t < TokenTiles; ++t) {
+        for (int i = 0; i < 4; ++i) of[r][t][i] += x.of[r][t][i];
+      }
+    }
+    return *this;
+  }
+  /// Stores all of them. @param to of the first token; the next one is `stride` further, its rows
+  ///                            are contiguous
+  __device__ void store(float* to, int stride) const {
+    const int lane = static_cast<int>(threadIdx.x % 32U);
+    to += lane % 4 * 2 * stride + lane / 4;
+    for (int r = 0; r < RowTiles; ++r) {
+      for (int t = 0; t < TokenTiles; ++t) {
+        for (int i = 0; i < 4; ++i) {
+          to[(8 * t + i % 2) * stride + 16 * r + i / 2 * 8] = of[r][t][i];
+        }
+      }
+    }
+  }
 };
 
 /// A warp's part of the product with a layer over layout::fragment.
@@ -29,7 +51,10 @@ class part_product {
   static constexpr int tile_columns = static_cast<int>(fragment::columns<bits>);
   static constexpr int tiles_per_chunk = tuning::chunk_columns / tile_columns;
   static constexpr int tiles_per_stage = tiles_per_chunk / 2;
-  static constexpr int tiles_ahead = tiles_per_chunk < 8 ? tiles_per_chunk : 8;
+  /// With many tokens there is more to do for a tile than it takes to come, and less room.
+  static constexpr int most_tiles_ahead = TokenTiles <= 2 ? 8 : 4;
+  static constexpr int tiles_ahead =
+      tiles_per_chunk < most_tiles_ahead ? tiles_per_chunk : most_tiles_ahead;
   /// Tiles that are asked for together.
   static constexpr int tiles_together = tiles_per_stage < 4 ? tiles_per_stage : 4;
   static constexpr bool scaled = format::zero == zero_kind::scaled;
@@ -135,11 +160,7 @@ class part_product {
           }
         });
       }
-      for (int r = 0; r < RowTiles; ++r) {
-        for (int t = 0; t < TokenTiles; ++t) {
-          for (int i = 0; i < 4; ++i) sum.of[r][t][i] += stage_sum.of[r][t][i];
-        }
-      }
+      sum += stage_sum;
     }
   }
 
