@@ -34,8 +34,6 @@ template <class View, class X>
 constexpr void check_types() {
   static_assert(std::is_same_v<typename View::memory_type, device_memory>,
                 "qeft: products on a stream need a matrix in device memory");
-  static_assert(std::is_same_v<typename View::layout_type, layout::fragment>,
-                "qeft: products on a stream need qeft::layout::fragment; repack the matrix");
   static_assert(std::is_same_v<typename View::scalar_type, X>,
                 "qeft: products on a stream need activations of the layer's scalar type");
 }

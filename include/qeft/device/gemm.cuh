@@ -5,6 +5,7 @@
 
 #include "qeft/device/checks.cuh"
 #include "qeft/device/many_tokens.cuh"
+#include "qeft/kernel/any_layout.cuh"
 #include "qeft/kernel/few_tokens.cuh"
 #include "qeft/kernel/gather.cuh"
 #include "qeft/tuning/few_tokens.hpp"
@@ -56,6 +57,16 @@ status launch_few(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Ep
                        stream, args);
 }
 
+template <class View, class X, class Y, class Epilogue>
+status launch_any(cudaStream_t stream, const View& w, const X* x, index_t tokens, Y* y,
+                  const Epilogue& epilogue) {
+  constexpr int rows = 8;
+  const dim3 grid(static_cast<unsigned>(ceil_div(w.out_channels, rows)),
+                  static_cast<unsigned>(tokens));
+  return launch_kernel("gemm: the launch", kernel::any_layout<View, X, Y, Epilogue>, grid,
+                       32 * rows, 0, stream, w, x, y, epilogue);
+}
+
 template <class View, class Y, class Epilogue>
 status launch_few(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Epilogue>& args) {
   int multiprocessors = 0;
@@ -77,6 +88,38 @@ status launch_few(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Ep
   return args.tokens <= 8 ? with_rows(constant<1>{}) : with_rows(constant<2>{});
 }
 
+/// Puts activations in order where that is needed, and picks the kernel. @pre supports_gemm
+template <class View, class X, class Y, class Epilogue>
+status launch(const on_stream& exec, const View& w, const X* x, index_t tokens, Y* y,
+              const Epilogue& epilogue) {
+  const activation_plan plan = plan_activations(w, x);
+  if (plan.gathered) {
+    auto* to = reinterpret_cast<X*>(exec.workspace.data());
+    const dim3 grid(static_cast<unsigned>(ceil_div(w.in_channels, 256)),
+                    static_cast<unsigned>(tokens));
+    if (status s = launch_kernel(
+            "gemm: the launch of gather", kernel::gather<typename View::weak_type, X>, grid, 256, 0,
+            exec.stream, w.weak, x, w.in_channels, to, plan.stride, plan.weak_at);
+        !s.ok()) {
+      return s;
+    }
+    x = to;
+  }
+  using view = decltype(as_tail(w));
+  const kernel::few_tokens_args<view, Y, Epilogue> args{as_tail(w),
+                                                        x,
+                                                        x + plan.weak_at,
+                                                        static_cast<int>(plan.stride),
+                                                        static_cast<int>(tokens),
+                                                        y,
+                                                        epilogue,
+                                                        parts_of(w)};
+  if (tokens < tuning::many_tokens_from) return launch_few(exec.stream, args);
+  std::byte* const behind = exec.workspace.data() + gathered_bytes(plan, tokens);
+  const bool by_parts = part_sums_bytes(args.parts, w.out_channels, tokens) > 0;
+  return launch_many(exec.stream, args, by_parts ? reinterpret_cast<float*>(behind) : nullptr);
+}
+
 }  // namespace device::detail
 
 /// Bytes of workspace that gemm needs with these operands: for activations that it cannot read as
@@ -85,10 +128,14 @@ template <class F, class W, class L, class M, class X>
 index_t workspace_bytes(const on_stream&, const quantized_matrix_view<F, W, L, M>& w, const X* x,
                         index_t tokens) {
   device::detail::check_types<quantized_matrix_view<F, W, L, M>, X>();
-  namespace d = device::detail;
-  const d::activation_plan plan = d::plan_activations(w, x);
-  return d::gathered_bytes(plan, tokens) +
-         d::part_sums_bytes(d::parts_of(w), w.out_channels, tokens);
+  if constexpr (std::is_same_v<L, layout::fragment>) {
+    namespace d = device::detail;
+    const d::activation_plan plan = d::plan_activations(w, x);
+    return d::gathered_bytes(plan, tokens) +
+           d::part_sums_bytes(d::parts_of(w), w.out_channels, tokens);
+  } else {
+    return 0;
+  }
 }
 
 /// Whether gemm would accept these operands, and why not.
@@ -111,7 +158,8 @@ status supports_gemm(const on_stream& exec, const quantized_matrix_view<F, W, L,
 ///
 /// @param exec     returns once the work is on its stream; x, y and what w and the epilogue point
 ///                 to must live until it is done
-/// @param w        OC x IC layer
+/// @param w        OC x IC layer. Over a layout other than fragment it is multiplied by the
+///                 definition, slowly
 /// @param x        (tokens, IC) row-major, of the layer's scalar type. Read as it lies where weak
 ///                 columns come last, and IC, k and the address are such that 16 bytes can be
 ///                 copied; else put into order in the workspace first. Finite, and so small that
@@ -131,32 +179,11 @@ status gemm(const on_stream& exec, const quantized_matrix_view<F, W, L, M>& w, c
                 "float(float value, qeft::index_t token, qeft::index_t channel) const");
   if (status s = supports_gemm(exec, w, x, tokens, y); !s.ok()) return s;
   if (tokens == 0) return {};
-  const d::activation_plan plan = d::plan_activations(w, x);
-  if (plan.gathered) {
-    auto* to = reinterpret_cast<X*>(exec.workspace.data());
-    const dim3 grid(static_cast<unsigned>(ceil_div(w.in_channels, 256)),
-                    static_cast<unsigned>(tokens));
-    if (status s =
-            d::launch_kernel("gemm: the launch of gather", kernel::gather<W, X>, grid, 256, 0,
-                             exec.stream, w.weak, x, w.in_channels, to, plan.stride, plan.weak_at);
-        !s.ok()) {
-      return s;
-    }
-    x = to;
+  if constexpr (std::is_same_v<L, layout::fragment>) {
+    return d::launch(exec, w, x, tokens, y, epilogue);
+  } else {
+    return d::launch_any(exec.stream, w, x, tokens, y, epilogue);
   }
-  using view = decltype(as_tail(w));
-  const kernel::few_tokens_args<view, Y, Epilogue> args{as_tail(w),
-                                                        x,
-                                                        x + plan.weak_at,
-                                                        static_cast<int>(plan.stride),
-                                                        static_cast<int>(tokens),
-                                                        y,
-                                                        epilogue,
-                                                        d::parts_of(w)};
-  if (tokens < tuning::many_tokens_from) return d::launch_few(exec.stream, args);
-  std::byte* const behind = exec.workspace.data() + d::gathered_bytes(plan, tokens);
-  const bool by_parts = d::part_sums_bytes(args.parts, w.out_channels, tokens) > 0;
-  return d::launch_many(exec.stream, args, by_parts ? reinterpret_cast<float*>(behind) : nullptr);
 }
 
 /// y = W x: gemm of one token. @param x (IC) @param y (OC)

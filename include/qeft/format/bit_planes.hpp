@@ -22,13 +22,20 @@ QEFT_HOST_DEVICE constexpr bool is_supported_bits(int bits) noexcept {
   return supported_widths::contains(bits);
 }
 
+/// Whether codes may have `Bits` bits where types are known at compile time; to be specialised for 5
+/// or 6, which are not built in. Descriptors, and with them owners and files, do not know these.
+template <int Bits>
+inline constexpr bool is_width_v = is_supported_bits(Bits);
+
 /// The planes of a `Bits`-bit code, lowest bits first: the widest power of two that fits, then a
 /// second plane for the bits that are left, if any.
 template <int Bits>
 struct bit_planes {
-  static_assert(is_supported_bits(Bits), "qeft::bit_planes: Bits must be 2, 3, 4 or 8");
+  static_assert(is_width_v<Bits>, "qeft::bit_planes: Bits must be 2, 3, 4 or 8");
 
   static constexpr int low_width = Bits >= 8 ? 8 : Bits >= 4 ? 4 : 2;
+  static_assert(Bits - low_width >= 0 && Bits - low_width <= 2,
+                "qeft::bit_planes: the bits above the first plane must fit a plane of 1 or 2");
   static constexpr int count = Bits > low_width ? 2 : 1;
 
   /// Bits of the code held by plane p: a power of two.

@@ -24,7 +24,7 @@ constexpr bool is_supported_group_size(index_t group_size) {
   return group_size == per_channel || (group_size > 0 && group_size % 32 == 0);
 }
 
-/// @tparam Bits      2, 3, 4 or 8 bits per code
+/// @tparam Bits      2, 3, 4 or 8 bits per code, or a width of the user's (is_width_v)
 /// @tparam GroupSize dense columns that share a scale: a multiple of 32, per_channel, or dynamic;
 ///                   the last group of a row may be shorter
 /// @tparam Zero      kind of zero point
@@ -32,7 +32,7 @@ constexpr bool is_supported_group_size(index_t group_size) {
 template <int Bits, index_t GroupSize = dynamic, zero_kind Zero = zero_kind::integer,
           class Scalar = half_bits>
 struct quant_format {
-  static_assert(is_supported_bits(Bits), "qeft::quant_format: Bits must be 2, 3, 4 or 8");
+  static_assert(is_width_v<Bits>, "qeft::quant_format: Bits must be 2, 3, 4 or 8");
   static_assert(GroupSize == dynamic || is_supported_group_size(GroupSize),
                 "qeft::quant_format: GroupSize must be a positive multiple of 32, "
                 "qeft::per_channel or qeft::dynamic");
