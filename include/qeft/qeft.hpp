@@ -54,4 +54,5 @@
 #include "qeft/thread/group.hpp"
 #include "qeft/thread/unpack.hpp"
 #include "qeft/tuning/few_tokens.hpp"
+#include "qeft/tuning/many_tokens.hpp"
 #include "qeft/tuning/parts.hpp"
