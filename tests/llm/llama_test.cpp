@@ -19,6 +19,7 @@
 #include "support/cases.hpp"
 #include "support/catch.hpp"
 #include "support/skip.hpp"
+#include "support/sweep.hpp"
 #include "unit/io/temporary_directory.hpp"
 
 using namespace qeft_llm;

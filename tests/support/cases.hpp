@@ -7,7 +7,7 @@
 
 #include "qeft/container/quantized_matrix.hpp"
 #include "qeft/layout/simd_tile.hpp"
-#include "support/sweep.hpp"
+#include "support/random.hpp"
 
 namespace qeft_test {
 

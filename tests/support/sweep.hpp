@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sweeps that cannot pass by doing nothing, and replayable random cases.
+// Sweeps that cannot pass by doing nothing, and over replayable random cases.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
-#include <random>
 #include <string>
 
 #include "support/catch.hpp"
+#include "support/random.hpp"
 
 namespace qeft_test {
 
@@ -29,28 +29,6 @@ class sweep {
  private:
   std::string what_;
   std::int64_t runs_ = 0;
-};
-
-/// The same numbers with every standard library (std:: distributions differ between them).
-class random_source {
- public:
-  explicit random_source(std::uint64_t seed) : engine_(seed) {}
-
-  std::uint64_t bits() { return engine_(); }
-  /// Uniform in [low, high].
-  std::int64_t integer(std::int64_t low, std::int64_t high) {
-    return low + static_cast<std::int64_t>(engine_() % static_cast<std::uint64_t>(high - low + 1));
-  }
-  /// Uniform in [-1, 1).
-  double real() { return static_cast<double>(engine_() >> 11U) * 0x1p-52 - 1.0; }
-  bool chance(int percent) { return integer(0, 99) < percent; }
-  template <class T>
-  const T& pick(std::initializer_list<T> values) {
-    return *(values.begin() + integer(0, static_cast<std::int64_t>(values.size()) - 1));
-  }
-
- private:
-  std::mt19937_64 engine_;
 };
 
 /// Calls body(seed) for `cases` fixed seeds, or a tenth of them under TSan, which looks for races

@@ -7,6 +7,7 @@
 #include "qeft/reorder/permute_matrix.hpp"
 #include "support/cases.hpp"
 #include "support/catch.hpp"
+#include "support/sweep.hpp"
 
 using qeft::index_t;
 using qeft::layout::row_packed;

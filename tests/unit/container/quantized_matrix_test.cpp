@@ -12,6 +12,7 @@
 #include "qeft/reorder/permute_matrix.hpp"
 #include "support/cases.hpp"
 #include "support/catch.hpp"
+#include "support/sweep.hpp"
 #include "support/throws.hpp"
 
 using qeft::index_t;

@@ -4,6 +4,7 @@
 
 #include "matmul_support.hpp"
 #include "support/catch.hpp"
+#include "support/sweep.hpp"
 
 namespace qeft_test {
 

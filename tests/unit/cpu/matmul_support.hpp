@@ -10,6 +10,7 @@
 
 #include "qeft/cpu/matmul.hpp"
 #include "support/cases.hpp"
+#include "support/sweep.hpp"
 
 namespace qeft_test {
 

@@ -9,6 +9,7 @@
 
 #include "support/cases.hpp"
 #include "support/catch.hpp"
+#include "support/sweep.hpp"
 #include "unit/io/temporary_directory.hpp"
 
 using namespace qeft;

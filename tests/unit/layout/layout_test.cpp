@@ -7,6 +7,7 @@
 #include "support/cases.hpp"
 #include "support/interleaved_layout.hpp"
 #include "support/layout_laws.hpp"
+#include "support/sweep.hpp"
 #include "support/tall_layout.hpp"
 
 using qeft::code_address;

@@ -7,6 +7,7 @@
 #include "qeft/thread/unpack.hpp"
 #include "support/cases.hpp"
 #include "support/catch.hpp"
+#include "support/sweep.hpp"
 
 namespace {
 
