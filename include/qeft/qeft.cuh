@@ -5,5 +5,6 @@
 #include <cuda_runtime.h>
 
 #include "qeft/core/device_memory.cuh"
+#include "qeft/device/dequantize.cuh"
 #include "qeft/device/gemm.cuh"
 #include "qeft/qeft.hpp"

@@ -49,6 +49,7 @@
 #include "qeft/reorder/reorder_plan.hpp"
 #include "qeft/reorder/weak_selection.hpp"
 #include "qeft/thread/activation_order.hpp"
+#include "qeft/thread/dequantize.hpp"
 #include "qeft/thread/dot.hpp"
 #include "qeft/thread/epilogue.hpp"
 #include "qeft/thread/group.hpp"
