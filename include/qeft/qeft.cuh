@@ -5,6 +5,9 @@
 #include <cuda_runtime.h>
 
 #include "qeft/core/device_memory.cuh"
+#include "qeft/core/stream_memory.cuh"
+#include "qeft/device/copy.cuh"
 #include "qeft/device/dequantize.cuh"
 #include "qeft/device/gemm.cuh"
+#include "qeft/device/repack.cuh"
 #include "qeft/qeft.hpp"

@@ -145,6 +145,17 @@ inline void check_new_matrix(const matrix_descriptor& d, span<const std::int32_t
 
 }  // namespace QEFT_TARGET
 
+template <class Layout, class Memory>
+class quantized_matrix;
+
+/// The index of a matrix, for who replaces all that it holds.
+struct weak_index_access {
+  template <class Layout, class Memory>
+  static QEFT_ALWAYS_INLINE span<std::int32_t> of(quantized_matrix<Layout, Memory>& m) noexcept {
+    return m.weak_index_;
+  }
+};
+
 /// Owns codes, group parameters, weak columns and (for `indexed`) their index; nothing twice. All
 /// bytes start as zero and padding stays zero, so equal layers have equal bytes. What was moved
 /// from is like a new one made without arguments: no channels, no bytes, and refused by every
@@ -310,6 +321,7 @@ class quantized_matrix {
  private:
   template <class, class>
   friend class quantized_matrix;
+  friend weak_index_access;
   using bytes = buffer<std::byte, Memory>;
 
   static QEFT_ALWAYS_INLINE void require_host() noexcept {

@@ -11,8 +11,9 @@
 //   void upload(void* to, const void* from, std::size_t bytes)      from the host
 //   void download(void* to, const void* from, std::size_t bytes)    to the host
 // It is copied into every buffer and must be cheap to copy; a copy must be able to release what the
-// original allocated. All calls return when they are done. A policy for host memory needs only the
-// first three.
+// original allocated. All calls return when they are done, or take effect in the order of a stream
+// that all users of the memory follow (core/stream_memory.cuh); downloads are always done. A policy
+// for host memory needs only the first three.
 #pragma once
 
 #include <cstring>
