@@ -8,6 +8,7 @@
 #include "qeft/core/stream_memory.cuh"
 #include "qeft/device/copy.cuh"
 #include "qeft/device/dequantize.cuh"
+#include "qeft/device/gather.cuh"
 #include "qeft/device/gemm.cuh"
 #include "qeft/device/repack.cuh"
 #include "qeft/qeft.hpp"

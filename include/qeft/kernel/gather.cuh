@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Activations in the order in which products read them.
+// Activations in another order: that in which products read them, or any.
 #pragma once
 
 #include "qeft/thread/activation_order.hpp"
@@ -18,6 +18,35 @@ __global__ void gather(Weak weak, const Scalar* x, index_t in_channels, Scalar* 
   const index_t token = blockIdx.y;
   to[token * stride + (slot < dense ? slot : weak_begin + slot - dense)] =
       x[token * in_channels + column];
+}
+
+inline constexpr int gather_threads = 128;
+
+/// to[t][i] = x[t][index[i]], 0 <= i < count. A thread takes one column of every gridDim.y-th
+/// token: with more of them side by side, its neighbours would read other sectors.
+template <class Word>
+__global__ void __launch_bounds__(gather_threads)
+    gather_columns(const Word* x, index_t tokens, index_t columns, const std::int32_t* index,
+                   index_t count, Word* to) {
+  const index_t i = static_cast<index_t>(blockIdx.x) * gather_threads + threadIdx.x;
+  if (i >= count) return;
+  const index_t from = index[i];
+  for (index_t t = blockIdx.y; t < tokens; t += gridDim.y) {
+    to[t * count + i] = x[t * columns + from];
+  }
+}
+
+/// to[t][index[i]] = x[t][i], 0 <= i < count, by threads as in gather_columns.
+template <class Word>
+__global__ void __launch_bounds__(gather_threads)
+    scatter_columns(const Word* x, index_t tokens, index_t columns, const std::int32_t* index,
+                    index_t count, Word* to) {
+  const index_t i = static_cast<index_t>(blockIdx.x) * gather_threads + threadIdx.x;
+  if (i >= count) return;
+  const index_t place = index[i];
+  for (index_t t = blockIdx.y; t < tokens; t += gridDim.y) {
+    to[t * columns + place] = x[t * count + i];
+  }
 }
 
 }  // namespace qeft::kernel
