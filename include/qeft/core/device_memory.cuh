@@ -42,18 +42,28 @@ struct memory_operations<device_memory> {
   }
   static QEFT_ALWAYS_INLINE void clear(device_memory&, void* p, std::size_t bytes) {
     detail::check_cuda(cudaMemset(p, 0, bytes), "cudaMemset");
+    wait();
   }
   static QEFT_ALWAYS_INLINE void copy(device_memory&, void* to, const void* from,
                                       std::size_t bytes) {
     detail::check_cuda(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToDevice), "cudaMemcpy");
+    wait();
   }
   static QEFT_ALWAYS_INLINE void upload(device_memory&, void* to, const void* from,
                                         std::size_t bytes) {
     detail::check_cuda(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+    wait();
   }
   static QEFT_ALWAYS_INLINE void download(device_memory&, void* to, const void* from,
                                           std::size_t bytes) {
     detail::check_cuda(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
+  }
+
+ private:
+  /// cudaMemset, and cudaMemcpy but from a device to the host, may return before the device has
+  /// written; streams that do not wait for the default one would then read what was there before.
+  static QEFT_ALWAYS_INLINE void wait() {
+    detail::check_cuda(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
   }
 };
 
