@@ -19,7 +19,7 @@ set(below_tuning core format layout)
 set(below_warp core format layout container thread arch tuning)
 set(below_block core format layout container thread arch tuning warp)
 set(below_kernel core format layout container thread arch warp block tuning)
-set(below_device core format layout container thread arch tuning kernel)
+set(below_device core format layout container reorder thread arch warp block tuning kernel)
 set(below_training core format layout container reorder thread arch warp block tuning kernel device)
 set(layers core format layout container reorder solver io thread cpu arch tuning warp block kernel
     device training)
@@ -28,6 +28,7 @@ set(cuda_layers core container thread solver arch warp block kernel device train
 # Folders with headers of others: POSIX, and the libraries that one layer may use.
 set(others_io sys nlohmann)
 set(others_solver Eigen)
+set(others_device cub thrust)
 
 set(violations)
 set(checked 0)
