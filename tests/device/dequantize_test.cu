@@ -130,6 +130,9 @@ int main(int argc, char** argv) {
   compare<qeft::half_bits, qeft::quant_format<4>>(layer_of(33, 1027, 35), 0);
   compare<float, qeft::quant_format<4>>(layer_of(33, 1027, 35), 3);
   compare<qeft::bf16_bits, qeft::quant_format<3>>(layer_of(17, 1032, 8, 128, 3), 5);
+  // Group sizes known at compile time.
+  compare<qeft::half_bits, qeft::quant_format<4, 128>>(layer_of(20, 700, 16), 0);
+  compare<float, qeft::quant_format<4, qeft::per_channel>>(layer_of(20, 700, 16, -1), 1);
   const int count = argc > 1 ? std::atoi(argv[1]) : 1000;
   const auto seed = static_cast<std::uint64_t>(argc > 2 ? std::atoi(argv[2]) : 1);
   const int ran = compare_random_layers(count, seed);

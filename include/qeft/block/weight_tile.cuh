@@ -56,7 +56,11 @@ class weight_tile {
         first_dense_(static_cast<int>(dense_before(first_column))),
         dense_(static_cast<int>(dense_before(first_column + columns_)) - first_dense_),
         shifts_(shifts),
-        shared_(shared) {}
+        shared_(shared) {
+    const int row = static_cast<int>(threadIdx.x % 32U) / 4;
+    row_[0] = shared.weights[row] + shift(row);
+    row_[1] = shared.weights[row + 8] + shift(row + 8);
+  }
 
   /// Columns of the tile.
   __device__ int columns() const { return columns_; }
@@ -110,13 +114,15 @@ class weight_tile {
       arch::load_once<unpack::words - 4>(words + 4,
                                          codes + fragment::lanes * 4 + lane * (unpack::words - 4));
     }
+    const int first = column_tile * tile_columns;
+    const bool pairs = in_pairs(first - first_dense_, tile_columns, 0, dense_);
     unroll<unpack::steps / 2>([&](auto pair) {
-      const int column = column_tile * tile_columns + pair * 2 * fragment::step_columns;
+      const int column = first + pair * 2 * fragment::step_columns;
       if (column >= first_dense_ + dense_) return;
       const dequantizer& of = group_at(column);
       const int slot = column - first_dense_;
-      put(of.template step<2 * pair>(words), slot, 0, dense_);
-      put(of.template step<2 * pair + 1>(words), slot + fragment::step_columns, 0, dense_);
+      put(of.template step<2 * pair>(words), slot, 0, dense_, pairs);
+      put(of.template step<2 * pair + 1>(words), slot + fragment::step_columns, 0, dense_, pairs);
     });
   }
 
@@ -127,8 +133,9 @@ class weight_tile {
     std::uint32_t words[4];
     arch::load_once<4>(words, reinterpret_cast<const std::uint32_t*>(w_.weak_values) +
                                   ((row_tile_ * steps + step) * fragment::lanes + lane) * 4);
-    put(dequantizer::weak_step(words), dense_ + step * fragment::step_columns - first_weak(),
-        dense_, columns_);
+    const int slot = dense_ + step * fragment::step_columns - first_weak();
+    put(dequantizer::weak_step(words), slot, dense_, columns_,
+        in_pairs(slot, fragment::step_columns, dense_, columns_));
   }
 
   /// The group of a dense column, not below the one before. For one warp.
@@ -157,14 +164,18 @@ class weight_tile {
     }
   }
 
+  /// Whether slots from `slot` on can be stored in pairs: they are columns, aligned in all rows, and
+  /// all in [begin, end).
+  __device__ bool in_pairs(int slot, int columns, int begin, int end) const {
+    return in_order && ((shifts_.first | shifts_.per_row | slot) & 1) == 0 && slot >= begin &&
+           slot + columns <= end;
+  }
   /// Stores a k-step whose first column has place[slot], but for slots outside of [begin, end).
-  __device__ void put(const lane_weights& w, int slot, int begin, int end) {
-    const int row = static_cast<int>(threadIdx.x % 32U) / 4;
+  __device__ void put(const lane_weights& w, int slot, int begin, int end, bool pairs) {
     const int at = slot + static_cast<int>(threadIdx.x % 4U) * 2;
-    Y* const to[2] = {shared_.weights[row] + shift(row), shared_.weights[row + 8] + shift(row + 8)};
-    if (in_order && in_pairs(slot) && slot >= begin && slot + fragment::step_columns <= end) {
+    if (pairs) {
       unroll<4>([&](auto reg) {
-        put_pair(to[reg % 2] + at + reg / 2 * 8, w.of[2 * reg], w.of[2 * reg + 1]);
+        put_pair(row_[reg % 2] + at + reg / 2 * 8, w.of[2 * reg], w.of[2 * reg + 1]);
       });
       return;
     }
@@ -174,13 +185,9 @@ class weight_tile {
       const int mine = at + 4 * reg + half;
       if (mine < begin || mine >= end) return;
       const int c = in_order ? mine : shared_.place[mine];
-      to[0][c] = from_float<Y>(w.of[2 * reg + half]);
-      to[1][c] = from_float<Y>(w.of[2 * (reg + 1) + half]);
+      row_[0][c] = from_float<Y>(w.of[2 * reg + half]);
+      row_[1][c] = from_float<Y>(w.of[2 * (reg + 1) + half]);
     });
-  }
-  /// Whether every second column from `column` on begins an aligned pair, in all rows.
-  __device__ bool in_pairs(int column) const {
-    return ((shifts_.first | shifts_.per_row | column) & 1) == 0;
   }
   /// from_float of both, but for the bits of a NaN.
   static __device__ void put_pair(Y* to, float low, float high) {
@@ -205,6 +212,7 @@ class weight_tile {
   int dense_;        // and how many it has
   row_shifts shifts_;
   shared_storage& shared_;
+  Y* row_[2];                 // rows r and r + 8 of a lane
   int set_ = -1;              // the set of groups that is loaded,
   std::uint32_t scales_ = 0;  // and its parameters
   std::uint32_t zeros_ = 0;
