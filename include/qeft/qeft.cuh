@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Everything of qeft.hpp in CUDA C++, with the CUDA runtime that device code is launched through.
+// Everything of qeft.hpp in CUDA C++, with the CUDA runtime that device code is launched through;
+// but for device/selection.cuh, which brings CUB and Thrust along.
 #pragma once
 
 #include <cuda_runtime.h>

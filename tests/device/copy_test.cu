@@ -112,22 +112,12 @@ void check_products() {
 
 /// A copy between matrices of the device is part of a graph.
 void check_capture() {
-  const stream s;
   const auto layer = layer_of(40, 300, 16);
   const auto host = pack<fragment>(layer);
   const quantized_matrix<fragment, device_memory> from(host);
   auto to = blank<fragment>(layer, device_memory{});
-  check(cudaStreamBeginCapture(s, cudaStreamCaptureModeGlobal), "capture");
-  expect(copy(on_stream{s}, from, to), "a capture");
-  cudaGraph_t graph = nullptr;
-  check(cudaStreamEndCapture(s, &graph), "capture");
-  cudaGraphExec_t executable = nullptr;
-  check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
-  check(cudaGraphLaunch(executable, s), "cudaGraphLaunch");
-  s.wait();
+  in_graph([&](cudaStream_t s) { return copy(on_stream{s}, from, to); });
   check(same_bytes(quantized_matrix<fragment>(to), host), "a graph");
-  check(cudaGraphExecDestroy(executable), "cudaGraphExecDestroy");
-  check(cudaGraphDestroy(graph), "cudaGraphDestroy");
 }
 
 void check_refusals() {

@@ -69,20 +69,8 @@ void check_run_time_formats() {
   const auto layer = layer_of(77, 1100, 16);
   const qeft::quantized_matrix<fragment, qeft::device_memory> w(pack<fragment>(layer));
   device_array<qeft::bf16_bits> out(77 * 1100);
-  cudaStream_t stream = nullptr;
-  check(cudaStreamCreate(&stream), "cudaStreamCreate");
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
-  check(dequantize(on_stream{stream}, w, out.data()).ok(), "a capture");
-  cudaGraph_t graph = nullptr;
-  check(cudaStreamEndCapture(stream, &graph), "capture");
-  cudaGraphExec_t executable = nullptr;
-  check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
-  check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
-  check(cudaStreamSynchronize(stream), "a graph");
+  in_graph([&](cudaStream_t stream) { return dequantize(on_stream{stream}, w, out.data()); });
   check(to_host(out) == expected<qeft::bf16_bits>(layer), "a graph");
-  check(cudaGraphExecDestroy(executable), "cudaGraphExecDestroy");
-  check(cudaGraphDestroy(graph), "cudaGraphDestroy");
-  check(cudaStreamDestroy(stream), "cudaStreamDestroy");
 }
 
 void check_refusals() {

@@ -62,6 +62,19 @@ void compare(index_t tokens, index_t columns, index_t count, index_t offset,
   if (to_host(back) != scattered) fail("scatter of " + what);
 }
 
+void check_capture() {
+  const auto index = to_device(std::vector<std::int32_t>{2, 0, 1});
+  const auto x = to_device(std::vector<float>{10, 11, 12, 20, 21, 22});
+  device_array<float> y(6), z(6);
+  const qeft::span<const std::int32_t> all{index.data(), 3};
+  in_graph([&](cudaStream_t s) {
+    const qeft::status first = gather(on_stream{s}, x.data(), 2, 3, all, y.data());
+    return first.ok() ? scatter(on_stream{s}, y.data(), 2, 3, all, z.data()) : first;
+  });
+  check(to_host(y) == std::vector<float>{12, 10, 11, 22, 20, 21}, "gather in a graph");
+  check(to_host(z) == to_host(x), "scatter in a graph");
+}
+
 void check_refusals() {
   device_array<float> x(64), out(64);
   device_array<std::int32_t> index(16);
@@ -94,6 +107,7 @@ void check_refusals() {
 
 int main(int argc, char** argv) {
   if (!has_device()) return 77;
+  check_capture();
   check_refusals();
   const int count = argc > 1 ? std::atoi(argv[1]) : 1000;
   const auto seed = static_cast<std::uint64_t>(argc > 2 ? std::atoi(argv[2]) : 1);

@@ -148,6 +148,20 @@ void compare_random_layers(int count, std::uint64_t seed) {
   }
 }
 
+void check_capture() {
+  auto layer = layer_of(40, 300, 16);
+  layer.d.weak = qeft::weak_kind::indexed;
+  random_source random(6);
+  layer = random_layer(layer.d, random);
+  const auto rows = pack<row_packed>(layer);
+  const auto p = random_permutation(40, random);
+  const on_device<row_packed> from(rows);
+  const auto source = to_device(p.source());
+  auto to = used_matrix<fragment>(layer.d);
+  in_graph([&](cudaStream_t s) { return permute_rows(on_stream{s}, source.data(), from, to); });
+  expect_same(to, qeft::repack<fragment>(qeft::on_host(1), permute_rows(p, rows)), "a graph");
+}
+
 void check_refusals() {
   const auto layer = layer_of(40, 300, 16);
   const on_device<row_packed> from(pack<row_packed>(layer));
@@ -188,6 +202,7 @@ void check_refusals() {
 
 int main(int argc, char** argv) {
   if (!has_device()) return 77;
+  check_capture();
   check_refusals();
   const int count = argc > 1 ? std::atoi(argv[1]) : 400;
   const auto seed = static_cast<std::uint64_t>(argc > 2 ? std::atoi(argv[2]) : 1);

@@ -206,21 +206,11 @@ void check_capture() {
   const auto device_s = to_device(s);
   device_array<std::int32_t> chosen(128);
   const executor space(20000);
-  cudaStream_t stream = nullptr;
-  check(cudaStreamCreate(&stream), "cudaStreamCreate");
-  const on_stream exec{stream, static_cast<const on_stream&>(space).workspace};
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
-  expect(top_k(exec, device_s.data(), 20000, 128, chosen.data()), "a capture");
-  cudaGraph_t graph = nullptr;
-  check(cudaStreamEndCapture(stream, &graph), "capture");
-  cudaGraphExec_t executable = nullptr;
-  check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
-  check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
-  check(cudaStreamSynchronize(stream), "a graph");
+  in_graph([&](cudaStream_t stream) {
+    const on_stream exec{stream, static_cast<const on_stream&>(space).workspace};
+    return top_k(exec, device_s.data(), 20000, 128, chosen.data());
+  });
   expect_same(chosen, qeft::top_k(s, 128), "a graph");
-  check(cudaGraphExecDestroy(executable), "cudaGraphExecDestroy");
-  check(cudaGraphDestroy(graph), "cudaGraphDestroy");
-  check(cudaStreamDestroy(stream), "cudaStreamDestroy");
 }
 
 }  // namespace

@@ -59,6 +59,25 @@ device_array<T> to_device(const std::vector<T>& host) {
   return a;
 }
 
+/// Captures what body(stream) starts into a graph, replays it and waits.
+template <class Body>
+void in_graph(const Body& body) {
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
+  const qeft::status s = body(stream);
+  if (!s.ok()) fail("a capture: " + s.message());
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamEndCapture(stream, &graph), "capture");
+  cudaGraphExec_t executable = nullptr;
+  check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
+  check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
+  check(cudaStreamSynchronize(stream), "a graph");
+  check(cudaGraphExecDestroy(executable), "cudaGraphExecDestroy");
+  check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+  check(cudaStreamDestroy(stream), "cudaStreamDestroy");
+}
+
 /// Whether the shorter of two arrays is how the other one begins.
 template <class T>
 bool same_start(const std::vector<T>& a, const std::vector<T>& b) {
