@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Everything that only a GPU can tell, in under 8 minutes: builds for the GPU at hand, runs the device
+# tests, some of them under compute-sanitizer, and the benchmarks beside cuBLAS and PyTorch.
+#   bench/gpu_check.sh [--quick] [OUT]
+# Needs nvcc, g++ and python3; PyTorch where it is installed (QEFT_TORCH_PYTHON names its python).
+# Writes OUT/DEVICE.json and OUT/DEVICE.md; OUT is bench/results/DATE by default. With --quick, which
+# is also for a simulator, sizes are small and times mean nothing. Ends with 1 when a test failed.
+set -uo pipefail
+root=$(realpath -- "$(dirname -- "$0")/..")
+quick=()
+[ "${1-}" != --quick ] || { quick=(--quick); shift; }
+out=${1:-$root/bench/results/$(date +%Y-%m-%d)}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
+jobs=$(nproc)
+started=$SECONDS
+failed=0
+step() { printf '== %s  (%d:%02d)\n' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
+
+if [ -n "${QEFT_GPU_RUN-}" ]; then  # a simulator that takes a program as its arguments
+  read -ra run <<<"$QEFT_GPU_RUN"
+  device=simulator architectures=(-gencode arch=compute_80,code=compute_80 --compress-mode=none)
+  [ "${CUDASIM_CC-90}" != 90 ] || architectures+=(-gencode arch=compute_90a,code=compute_90a)
+else
+  run=()
+  device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' ' '_') &&
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .) ||
+    { echo "gpu_check: no GPU (nvidia-smi)"; exit 1; }
+  [ "$capability" != 90 ] || capability=90a
+  architectures=(-gencode "arch=compute_$capability,code=sm_$capability")
+fi
+commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
+
+step "Build for $device"
+flags=(-std=c++17 -O3 -w -lineinfo -cudart shared "${architectures[@]}"
+  -I"$root/include" -I"$root/tests" -I"$root/bench")
+g++ -std=c++17 -O2 -w -I"$root/include" -I"$root/tests" -c "$root/tests/support/cases.cpp" \
+  -o "$work/cases.o" || exit 1
+build() { "$nvcc" "${flags[@]}" -o "$work/$(basename "$1" .cu)" "$1" "$work/cases.o" -lcublas; }
+export -f build
+export nvcc work
+declare -p flags >"$work/flags"
+cp "$root/bench/device/main.cu" "$work/bench_device.cu"
+printf '%s\n' "$work/bench_device.cu" "$root"/tests/device/*_test.cu |
+  xargs -P "$jobs" -I{} bash -c 'source "$work/flags"; build "$1" || echo "gpu_check: {} does not build"' _ {} |
+  tee "$work/broken"
+[ ! -s "$work/broken" ] || failed=1
+
+step "Tests"
+tests=()
+for source in "$root"/tests/device/*_test.cu; do
+  name=$(basename "$source" .cu)
+  [ -x "$work/$name" ] || continue
+  result=$(timeout 120 "${run[@]}" "$work/$name" 2>&1)
+  status=$?
+  [ $status -eq 0 ] || { failed=1; tail -n 5 <<<"$result"; }
+  printf '%-24s %s\n' "$name" "$([ $status -eq 0 ] && tail -n 1 <<<"$result" || echo "FAILED ($status)")" |
+    tee -a "$work/tests"
+done
+
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+if [ ${#run[@]} -eq 0 ] && [ -x "$sanitizer" ]; then
+  step "compute-sanitizer"
+  for tool in memcheck racecheck initcheck synccheck; do
+    for name in gemm_test many_tokens_test backward_test; do
+      [ -x "$work/$name" ] || continue
+      result=$(timeout 45 "$sanitizer" --tool "$tool" --error-exitcode 99 "$work/$name" 4 1 2>&1)
+      status=$?
+      # 124 is too slow, and the tool refuses some machines: said, but no failure of ours.
+      [ $status -ne 99 ] || { failed=1; tail -n 15 <<<"$result"; }
+      printf '%-10s %-20s %s\n' "$tool" "$name" "$(grep -E 'SUMMARY|not supported' <<<"$result" | tail -n 1) (exit $status)" |
+        tee -a "$work/sanitizer"
+    done
+  done
+fi
+
+step "Benchmarks"
+timeout 200 "${run[@]}" "$work/bench_device" "${quick[@]}" --replays 15 >"$work/lines" || failed=1
+python=${QEFT_TORCH_PYTHON:-python3}
+if [ ${#run[@]} -eq 0 ] && "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+  timeout 60 "$python" "$root/bench/device/torch_int4.py" >>"$work/lines" ||
+    echo "gpu_check: torch_int4.py failed"
+fi
+
+step "Results"
+mkdir -p "$out"
+touch "$work/tests" "$work/sanitizer"
+python3 "$root/bench/device/table.py" --device "$device" --commit "$commit" --lines "$work/lines" \
+  --tests "$work/tests" --sanitizer "$work/sanitizer" --out "$out/$device" || failed=1
+cat "$out/$device.md"
+exit $failed
