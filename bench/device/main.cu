@@ -77,9 +77,15 @@ class benchmark {
   }
 
  private:
+  using bytes = qeft::buffer<std::byte, qeft::device_memory>;
+
   std::vector<index_t> token_counts() const {
     if (settings_.quick) return {1, 16, 40};
     return {1, 2, 4, 8, 16, 32, 64, 128, 512, 2048};
+  }
+  std::vector<index_t> training_counts() const {
+    if (settings_.quick) return {70};
+    return {512, 2048};
   }
   /// Few tokens are bound by memory, many by arithmetic.
   void report(const char* what, const shape& s, const std::string& variant, index_t tokens,
@@ -95,27 +101,91 @@ class benchmark {
            static_cast<double>(tokens);
   }
 
+  /// A layer, as often as it takes for none of its copies to be in a cache.
+  struct subject {
+    const shape& s;
+    std::string variant;
+    std::vector<layer> layers;
+    double bytes;  // of one
+
+    int calls() const { return static_cast<int>(layers.size()); }
+    const layer& of(int i) const { return layers[static_cast<std::size_t>(i)]; }
+  };
+
   void quantised(const shape& s, int bits) {
     const layer w = random_layer(s, bits, 128, 128);
-    const auto bytes = static_cast<double>(qeft::storage_of(w.descriptor()).total());
-    const std::vector<layer> layers =
-        rotation(w, qeft::storage_of(w.descriptor()).total(), settings_.quick);
-    const auto calls = static_cast<int>(layers.size());
-    const std::string variant = "qeft" + std::to_string(bits);
-    for (const index_t tokens : token_counts()) {
-      const halves x = random_halves(tokens * s.in_channels);
-      halves y(tokens * s.out_channels);
-      qeft::on_stream exec{measure_.stream};
-      const qeft::buffer<std::byte, qeft::device_memory> space(
-          qeft::workspace_bytes(exec, w, x.data(), tokens));
-      exec.workspace = {const_cast<std::byte*>(space.data()), space.size()};
-      const timing t = measure_(calls, [&](int i) {
-        qeft::gemm(exec, layers[static_cast<std::size_t>(i)], x.data(), tokens, y.data())
-            .throw_if_error();
-      });
-      check_product(w, x, y);
-      report("gemm", s, variant, tokens, t, {bytes, operations(s, tokens)});
-    }
+    const index_t bytes = qeft::storage_of(w.descriptor()).total();
+    const subject q{s, "qeft" + std::to_string(bits), rotation(w, bytes, settings_.quick),
+                    static_cast<double>(bytes)};
+    for (const index_t tokens : token_counts()) forward(q, tokens);
+    dequantise(q);
+    for (const index_t tokens : training_counts()) gradients(q, tokens);
+  }
+  void forward(const subject& q, index_t tokens) {
+    const halves x = random_halves(tokens * q.s.in_channels);
+    halves y(tokens * q.s.out_channels);
+    bytes space(qeft::workspace_bytes(qeft::on_stream{}, q.of(0), x.data(), tokens));
+    const qeft::on_stream exec{measure_.stream, {space.data(), space.size()}};
+    const timing t = measure_(q.calls(), [&](int i) {
+      qeft::gemm(exec, q.of(i), x.data(), tokens, y.data()).throw_if_error();
+    });
+    check_product(q.of(0), x, y);
+    report("gemm", q.s, q.variant, tokens, t, {q.bytes, operations(q.s, tokens)});
+  }
+  void dequantise(const subject& q) {
+    const index_t count = q.s.out_channels * q.s.in_channels;
+    const qeft::on_stream exec{measure_.stream};
+    halves w(count);
+    const timing t = measure_(
+        q.calls(), [&](int i) { qeft::dequantize(exec, q.of(i), w.data()).throw_if_error(); });
+    report("dequantize", q.s, q.variant, 0, t, {q.bytes + 2.0 * static_cast<double>(count), 0.0});
+  }
+  /// And what one would do without kernels for packed layers: dequantise, then cuBLAS.
+  void gradients(const subject& q, index_t tokens) {
+    const index_t k = q.of(0).descriptor().weak_columns;
+    const halves x = random_halves(tokens * q.s.in_channels);
+    const halves dy = random_halves(tokens * q.s.out_channels);
+    halves y(tokens * q.s.out_channels);
+    halves dx(tokens * q.s.in_channels);
+    halves x_weak(tokens * k);
+    halves w(q.s.out_channels * q.s.in_channels);
+    qeft::buffer<float, qeft::device_memory> dw(q.s.out_channels * k);
+    bytes space(
+        qeft::input_gradient_workspace_bytes(qeft::on_stream{}, q.of(0), dy.data(), tokens));
+    const qeft::on_stream exec{measure_.stream, {space.data(), space.size()}};
+    const double all = operations(q.s, tokens);
+
+    report("input_gradient", q.s, q.variant, tokens,
+           measure_(
+               q.calls(),
+               [&](int i) {
+                 qeft::input_gradient(exec, q.of(i), dy.data(), tokens, dx.data()).throw_if_error();
+               }),
+           {q.bytes, all});
+    report("weak_gradient", q.s, q.variant, tokens,
+           measure_(
+               q.calls(),
+               [&](int i) {
+                 qeft::gather_weak(exec, q.of(i), x.data(), tokens, x_weak.data()).throw_if_error();
+                 qeft::weak_gradient(exec, q.of(i), dy.data(), x_weak.data(), tokens, dw.data())
+                     .throw_if_error();
+               }),
+           {0.0, all * static_cast<double>(k) / static_cast<double>(q.s.in_channels)});
+    const std::string detour = q.variant + "_dequantize_cublas";
+    report("gemm", q.s, detour, tokens,
+           measure_(q.calls(),
+                    [&](int i) {
+                      qeft::dequantize(exec, q.of(i), w.data()).throw_if_error();
+                      blas_.forward(w, x, y, q.s, tokens);
+                    }),
+           {q.bytes, all});
+    report("input_gradient", q.s, detour, tokens,
+           measure_(q.calls(),
+                    [&](int i) {
+                      qeft::dequantize(exec, q.of(i), w.data()).throw_if_error();
+                      blas_.backward(w, dy, dx, q.s, tokens);
+                    }),
+           {q.bytes, all});
   }
   void dense(const shape& s) {
     const index_t count = s.out_channels * s.in_channels;
@@ -125,10 +195,21 @@ class benchmark {
     for (const index_t tokens : token_counts()) {
       const halves x = random_halves(tokens * s.in_channels);
       halves y(tokens * s.out_channels);
-      const timing t = measure_(calls, [&](int i) {
-        blas_.forward(weights[static_cast<std::size_t>(i)], x, y, s, tokens);
-      });
-      report("gemm", s, "cublas", tokens, t,
+      report("gemm", s, "cublas", tokens,
+             measure_(calls,
+                      [&](int i) {
+                        blas_.forward(weights[static_cast<std::size_t>(i)], x, y, s, tokens);
+                      }),
+             {2.0 * static_cast<double>(count), operations(s, tokens)});
+    }
+    for (const index_t tokens : training_counts()) {
+      const halves dy = random_halves(tokens * s.out_channels);
+      halves dx(tokens * s.in_channels);
+      report("input_gradient", s, "cublas", tokens,
+             measure_(calls,
+                      [&](int i) {
+                        blas_.backward(weights[static_cast<std::size_t>(i)], dy, dx, s, tokens);
+                      }),
              {2.0 * static_cast<double>(count), operations(s, tokens)});
     }
   }

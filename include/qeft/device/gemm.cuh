@@ -96,10 +96,10 @@ status launch(const on_stream& exec, const View& w, const X* x, index_t tokens, 
   if (plan.gathered) {
     auto* to = reinterpret_cast<X*>(exec.workspace.data());
     const dim3 grid(static_cast<unsigned>(ceil_div(w.in_channels, 256)),
-                    static_cast<unsigned>(tokens));
+                    static_cast<unsigned>(ceil_div(tokens, kernel::gather_tokens)));
     if (status s = launch_kernel(
             "gemm: the launch of gather", kernel::gather<typename View::weak_type, X>, grid, 256, 0,
-            exec.stream, w.weak, x, w.in_channels, to, plan.stride, plan.weak_at);
+            exec.stream, w.weak, x, tokens, w.in_channels, to, plan.stride, plan.weak_at);
         !s.ok()) {
       return s;
     }
