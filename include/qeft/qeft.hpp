@@ -56,4 +56,5 @@
 #include "qeft/thread/unpack.hpp"
 #include "qeft/tuning/few_tokens.hpp"
 #include "qeft/tuning/many_tokens.hpp"
+#include "qeft/tuning/many_tokens_sm90.hpp"
 #include "qeft/tuning/parts.hpp"

@@ -11,6 +11,13 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
+/// The first T that is aligned at or behind an address in shared memory.
+template <class T>
+__device__ __forceinline__ T& aligned(uint4* shared) {
+  const std::uint32_t behind = (0U - shared_address(shared)) % alignof(T);
+  return *reinterpret_cast<T*>(reinterpret_cast<char*>(shared) + behind);
+}
+
 /// Loads words that are read once, from Offset words behind `from` on; they are not kept in the
 /// first-level cache. @pre the address is a multiple of their size
 template <int Words, int Offset = 0>
@@ -29,6 +36,11 @@ __device__ __forceinline__ void load_once(std::uint32_t* to, const std::uint32_t
         : "=r"(to[0])
         : "l"(from), "n"(4 * Offset));
   }
+}
+
+/// Asks for the 128 bytes at an address to be brought to the second-level cache.
+__device__ __forceinline__ void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
 /// Starts to copy 16 bytes to shared memory, ToOffset and FromOffset bytes behind the addresses.

@@ -68,6 +68,10 @@ Units without them may be linked with units that have them. nvcc's -use_fast_mat
 #if defined(__CUDA_ARCH__)
 #define QEFT_DEVICE_CODE 1
 #endif
+// And that for compute capability 9.0 alone, whose instructions (wgmma, setmaxnreg) no later one has.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define QEFT_DEVICE_SM90A 1
+#endif
 
 // Goes behind the parameters of a lambda: accumulators stay in registers only where every lambda of
 // an unrolled loop is inlined, which compilers do not do on their own.

@@ -41,6 +41,26 @@ status launch_kernel(const char* what, void (*kernel)(Parameters...), dim3 grid,
                      what);
 }
 
+/// The same, of a kernel whose blocks form clusters.
+template <class... Parameters>
+status launch_cluster(const char* what, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                      int cluster_blocks, int shared_bytes, cudaStream_t stream,
+                      Parameters... arguments) {
+  void* pointers[] = {&arguments...};
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster_blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cuda_status(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers),
+                     what);
+}
+
 /// An attribute of the current device.
 inline status device_attribute(int& value, cudaDeviceAttr attribute) {
   int device = 0;

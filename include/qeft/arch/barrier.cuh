@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// Barriers in shared memory, on which asynchronous copies report; barriers of some warps; clusters.
+// From compute capability 9.0 on.
+#pragma once
+
+#include "qeft/arch/copy.cuh"
+
+namespace qeft::arch {
+
+/// A barrier (mbarrier) in shared memory. Its phases are numbered from 0 and have the parity of
+/// their number; one ends when as many threads as it was made for have arrived, and all bytes that
+/// they expect.
+struct alignas(8) barrier {
+  std::uint64_t state;
+};
+
+/// By one thread, before sync_cluster.
+__device__ __forceinline__ void init_barrier(barrier& b, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&b)), "r"(arrivals)
+               : "memory");
+}
+/// By the thread that made barriers, behind the last one: copies see them too.
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+/// Arrives, and says how many bytes of the phase copies will bring.
+__device__ __forceinline__ void arrive_and_expect(barrier& b, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&b)),
+               "r"(bytes)
+               : "memory");
+}
+/// Arrives at the barrier that a block of the cluster has in the place of b: what asynchronous
+/// operations of this thread read before has been read.
+__device__ __forceinline__ void arrive_in_block(barrier& b, int block) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(&b)),
+      "r"(block)
+      : "memory");
+}
+/// Waits for the end of a phase with this parity. @pre the one before it has ended
+__device__ __forceinline__ void wait_for_phase(barrier& b, unsigned parity) {
+  unsigned ended = 0;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(ended)
+        : "r"(shared_address(&b)), "r"(parity)
+        : "memory");
+  } while (ended == 0);
+}
+
+/// __syncthreads of `threads` threads of whole warps. @param id 1 to 15
+__device__ __forceinline__ void sync_threads(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/// Blocks of this block's cluster, and its number among them.
+__device__ __forceinline__ int cluster_blocks() {
+  int n;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
+  return n;
+}
+__device__ __forceinline__ int block_in_cluster() {
+  int i;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(i));
+  return i;
+}
+/// __syncthreads of all threads of the cluster.
+__device__ __forceinline__ void sync_cluster() {
+  __syncwarp();
+  asm volatile(
+      "barrier.cluster.arrive.aligned;\n"
+      "barrier.cluster.wait.aligned;" ::
+          : "memory");
+}
+
+}  // namespace qeft::arch

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+// The launch of products with many tokens on compute capability 9.0.
+#pragma once
+
+#include <cuda.h>
+
+#include "qeft/device/checks.cuh"
+#include "qeft/kernel/many_tokens_sm90.cuh"
+
+namespace qeft {
+inline namespace QEFT_TARGET {
+namespace device::detail {
+
+/// A tensor map over the first `columns` columns of a matrix x, whose rows are `tokens` tokens.
+/// @param x      16-byte aligned
+/// @param stride elements from one token to the next, a multiple of 8
+template <class Ring, class Scalar>
+status make_tensor_map(CUtensorMap& map, const Scalar* x, index_t columns, int tokens, int stride) {
+  // A function of the driver, which this library is not linked with.
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                              12000, cudaEnableDefault, &found);
+    if (code != cudaSuccess) static_cast<void>(cudaGetLastError());
+    return code == cudaSuccess && found == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
+               : nullptr;
+  }();
+  if (encode == nullptr) {
+    return {errc::unsupported, "gemm: the driver has no cuTensorMapEncodeTiled; 12.0 is needed"};
+  }
+  const cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(tokens)};
+  const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(stride) * sizeof(Scalar)};
+  const cuuint32_t box[] = {Ring::box_columns, Ring::box_tokens};
+  const cuuint32_t every[] = {1, 1};
+  const CUresult code =
+      encode(&map,
+             std::is_same_v<Scalar, half_bits> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+             2, const_cast<Scalar*>(x), size, row_bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (code == CUDA_SUCCESS) return {};
+  return {errc::device_error,
+          text("gemm: cuTensorMapEncodeTiled failed with ", static_cast<int>(code), " for ", tokens,
+               " tokens of ", columns, " columns, ", stride, " elements apart")};
+}
+
+/// Whether launch_many_tokens_sm90 can be used: the current device has compute capability 9.0, and
+/// the code was made for sm_90a. Any other code of the kernel is empty, and has no static shared
+/// memory. (What one unit instantiates is compiled alike.)
+template <class View, class Y, class Epilogue>
+bool has_many_tokens_sm90(const kernel::few_tokens_args<View, Y, Epilogue>&) {
+  int major = 0;
+  if (!qeft::detail::device_attribute(major, cudaDevAttrComputeCapabilityMajor).ok() ||
+      major != 9) {
+    return false;
+  }
+  const auto k = kernel::many_tokens_sm90<64, tuning::chunk_columns, View, Y, Epilogue>;
+  cudaFuncAttributes attributes{};
+  const cudaError_t code = cudaFuncGetAttributes(&attributes, k);
+  if (code != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return code == cudaSuccess && attributes.sharedSizeBytes > 0;
+}
+
+template <int Tokens, index_t GroupColumns, class View, class Y, class Epilogue>
+status launch_many_tokens_sm90(cudaStream_t stream,
+                               const kernel::few_tokens_args<View, Y, Epilogue>& args) {
+  using tune = tuning::many_tokens_sm90;
+  using scalar = typename View::scalar_type;
+  using ring = block::activation_ring<scalar, Tokens>;
+  constexpr int shared_bytes = kernel::many_tokens_shared<scalar, Tokens>::bytes();
+  const auto k = kernel::many_tokens_sm90<Tokens, GroupColumns, View, Y, Epilogue>;
+  CUtensorMap dense{};
+  CUtensorMap weak{};
+  const auto describe = [&](CUtensorMap& map, const scalar* x, index_t columns) {
+    return columns == 0 ? status{}
+                        : make_tensor_map<ring>(map, x, columns, args.tokens, args.stride);
+  };
+  if (status s = describe(dense, args.dense_x, args.w.dense_columns()); !s.ok()) return s;
+  if (status s = describe(weak, args.weak_x, args.w.weak_columns()); !s.ok()) return s;
+  // Always the same value: it belongs to the function, not to the launch.
+  const cudaError_t code =
+      cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (code != cudaSuccess) return qeft::detail::cuda_status(code, "gemm: cudaFuncSetAttribute");
+  int multiprocessors = 0;
+  if (status s = qeft::detail::device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount);
+      !s.ok()) {
+    return s;
+  }
+  const int cluster = args.w.out_channels <= tune::rows ? 1 : tune::cluster;
+  const index_t clusters =
+      ceil_div(args.w.out_channels, tune::rows * cluster) * ceil_div(args.tokens, Tokens);
+  const index_t most = multiprocessors / cluster;
+  const auto blocks = static_cast<unsigned>((clusters < most ? clusters : most) * cluster);
+  return qeft::detail::launch_cluster("gemm: the launch", k, blocks, tune::threads, cluster,
+                                      shared_bytes, stream, dense, weak, args);
+}
+/// Picks the kernel by the groups.
+template <int Tokens, class View, class Y, class Epilogue>
+status launch_many_tokens_sm90(cudaStream_t stream,
+                               const kernel::few_tokens_args<View, Y, Epilogue>& args) {
+  constexpr index_t chunk = tuning::chunk_columns;
+  const index_t group = args.w.columns_per_group;
+  if (args.w.groups <= 1 || group % chunk == 0) {
+    return launch_many_tokens_sm90<Tokens, chunk>(stream, args);
+  }
+  if (group == chunk / 4) return launch_many_tokens_sm90<Tokens, chunk / 4>(stream, args);
+  return launch_many_tokens_sm90<Tokens, dynamic>(stream, args);
+}
+/// Y = X W^T, for any number of tokens from 1 on. @pre has_many_tokens_sm90(args)
+template <class View, class Y, class Epilogue>
+status launch_many_tokens_sm90(cudaStream_t stream,
+                               const kernel::few_tokens_args<View, Y, Epilogue>& args) {
+  using tune = tuning::many_tokens_sm90;
+  if constexpr (View::format_type::zero != zero_kind::scaled) {  // whose sums need more registers
+    int multiprocessors = 0;
+    if (status s = qeft::detail::device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount);
+        !s.ok()) {
+      return s;
+    }
+    const index_t row_blocks = ceil_div(args.w.out_channels, tune::rows);
+    if (tune::tokens_for(row_blocks, args.tokens, multiprocessors) == 128) {
+      return launch_many_tokens_sm90<128>(stream, args);
+    }
+  }
+  return launch_many_tokens_sm90<64>(stream, args);
+}
+
+}  // namespace device::detail
+}  // namespace QEFT_TARGET
+}  // namespace qeft

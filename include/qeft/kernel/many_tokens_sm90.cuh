@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// Y = X W^T for many tokens on compute capability 9.0: the tensor cores are what is short.
+#pragma once
+
+#include "qeft/block/dense_product.cuh"
+#include "qeft/block/weak_product.cuh"
+#include "qeft/kernel/few_tokens.cuh"
+
+namespace qeft::kernel {
+
+/// Columns cut into parts that are summed up by themselves.
+struct column_parts {
+  int count;
+  int columns;  // of each but the last one
+  int end;
+
+  /// body(first, last) of one after another.
+  template <class Body>
+  __device__ void for_each(const Body& body) const {
+    for (int i = 0; i < count; ++i) body(i * columns, min((i + 1) * columns, end));
+  }
+};
+
+/// Dynamic shared memory of a block; it is placed at the next multiple of its alignment.
+template <class Scalar, int Tokens>
+struct many_tokens_shared {
+  typename block::activation_ring<Scalar, Tokens>::shared_storage activations;
+  typename block::output_tile<Tokens>::shared_storage
+      outputs[tuning::many_tokens_sm90::multiplying];
+
+  static constexpr int bytes() {
+    return static_cast<int>(sizeof(many_tokens_shared) + alignof(many_tokens_shared) - 16);
+  }
+};
+
+/// A block takes 128 rows and Tokens tokens, and then others (tuning::many_tokens_sm90 says which): a
+/// thread copies activations, two warpgroups multiply. Where the code is not made for sm_90a this is
+/// empty, and has no static shared memory: device::detail::has_many_tokens_sm90 tells them apart.
+/// @param dense_x of args.dense_x: (tokens, IC - k); and weak_x of args.weak_x: (tokens, k)
+template <int Tokens, index_t GroupColumns, class View, class Y, class Epilogue>
+__global__ void __launch_bounds__(tuning::many_tokens_sm90::threads, 1)
+    many_tokens_sm90(const __grid_constant__ CUtensorMap dense_x,
+                     const __grid_constant__ CUtensorMap weak_x,
+                     const __grid_constant__ few_tokens_args<View, Y, Epilogue> args) {
+#if QEFT_DEVICE_SM90A
+  using tune = tuning::many_tokens_sm90;
+  using scalar = typename View::scalar_type;
+  using ring = block::activation_ring<scalar, Tokens>;
+  using storage = many_tokens_shared<scalar, Tokens>;
+  __shared__ typename ring::barriers barriers;
+  extern __shared__ uint4 shared[];
+  auto& mine = arch::aligned<storage>(shared);
+
+  const column_parts dense{args.parts.dense, args.parts.dense_columns,
+                           static_cast<int>(args.w.dense_columns())};
+  const column_parts weak{args.parts.weak, args.parts.weak_columns,
+                          static_cast<int>(args.w.weak_columns())};
+  const int channels = static_cast<int>(args.w.out_channels);
+  const auto for_each_place = [&](const auto& body) {
+    const int blocks = arch::cluster_blocks();
+    const int rows = static_cast<int>(ceil_div(channels, tune::rows * blocks));
+    const int tokens = static_cast<int>(ceil_div(args.tokens, Tokens));
+    for (unsigned i = blockIdx.x / blocks; i < rows * tokens; i += gridDim.x / blocks) {
+      body(tune::place_of(static_cast<int>(i), rows, tokens));
+    }
+  };
+  // From one lane, so that the compiler knows it to be the same in all.
+  const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x / 32U), 0);
+  ring x(mine.activations, barriers);
+
+  if (threadIdx.x == 0) {
+    if (dense.count > 0) arch::prefetch(dense_x);
+    if (weak.count > 0) arch::prefetch(weak_x);
+    ring::init(barriers, 4 * tune::multiplying);
+  }
+  arch::sync_cluster();
+  if (warp < 4) {
+    arch::give_registers<tune::copying_registers>();
+    const auto fill = [&](const CUtensorMap& from, const column_parts& parts, int token) {
+      parts.for_each([&](int first, int last) {
+        for (int column = first; column < last; column += tune::stage_columns) {
+          x.fill(from, token, column);
+        }
+      });
+    };
+    if (threadIdx.x == 0) {
+      for_each_place([&](tune::place at) {
+        fill(dense_x, dense, at.token * Tokens);
+        fill(weak_x, weak, at.token * Tokens);
+      });
+    }
+  } else {
+    arch::take_registers<tune::multiplying_registers>();
+    const int warpgroup = warp / 4 - 1;
+    block::output_tile<Tokens> outputs(mine.outputs[warpgroup]);
+    for_each_place([&](tune::place at) {
+      const int channel =
+          (at.row * arch::cluster_blocks() + arch::block_in_cluster()) * tune::rows +
+          64 * warpgroup;
+      const int row_tile = min(channel / 16 + warp % 4, (channels - 1) / 16);
+      bool starts = true;
+      const auto add = [&](auto& product, const column_parts& parts) {
+        parts.for_each([&](int first, int last) {
+          block::warpgroup_sums<Tokens> sum;
+          product.add(first, last, x, sum);
+          outputs.add(sum, starts);
+          starts = false;
+        });
+      };
+      const block::weak_product<View, Tokens> of_weak(args.w, row_tile);
+      if (dense.count > 0) {
+        block::dense_product<View, Tokens, GroupColumns> of_dense(args.w, row_tile);
+        add(of_dense, dense);
+      }
+      add(of_weak, weak);
+      outputs.store(1 + warpgroup, channel, channels, at.token * Tokens, args.tokens, args.epilogue,
+                    args.y);
+    });
+  }
+  arch::sync_cluster();  // no block ends while others arrive at its barriers
+#endif
+}
+
+}  // namespace qeft::kernel

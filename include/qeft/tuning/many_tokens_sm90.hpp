@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a product with many tokens is spread over a device of compute capability 9.0. No choice
+// changes a result.
+#pragma once
+
+#include "qeft/core/math.hpp"
+
+namespace qeft::tuning {
+
+/// What kernel::many_tokens_sm90 is made of.
+struct many_tokens_sm90 {
+  /// Columns of activations that are copied and multiplied together.
+  static constexpr int stage_columns = 128;
+  static constexpr int stages = 4;
+  /// Warpgroups of a block: the first one copies, the others have 64 rows each.
+  static constexpr int multiplying = 2;
+  static constexpr int threads = 128 * (1 + multiplying);
+  static constexpr int rows = 64 * multiplying;
+  /// Registers of a thread that copies, and of one that multiplies.
+  static constexpr int copying_registers = 40;
+  static constexpr int multiplying_registers = 232;
+  /// Blocks whose rows follow each other share the activations that they copy.
+  static constexpr int cluster = 2;
+  /// Blocks of tokens that are multiplied with the same rows at about the same time.
+  static constexpr int band = 8;
+
+  /// Tokens of a block: 128 need the fewest instructions and bytes, about 9 for 8, but 64 may leave
+  /// fewer multiprocessors without work.
+  QEFT_HOST_DEVICE static constexpr int tokens_for(index_t row_blocks, index_t tokens,
+                                                   int multiprocessors) noexcept {
+    const auto time = [&](int each) QEFT_INLINE_LAMBDA {
+      return ceil_div(row_blocks * ceil_div(tokens, each), multiprocessors) * each;
+    };
+    return 9 * time(64) < 8 * time(128) ? 64 : 128;
+  }
+
+  /// A block of rows and one of tokens.
+  struct place {
+    int row;
+    int token;
+  };
+  /// The place of a cluster in the order of launch: bands of tokens, in each row after row, so that
+  /// what runs together has few rows and few tokens.
+  /// @param rows of clusters
+  QEFT_HOST_DEVICE static constexpr place place_of(int cluster, int rows, int tokens) noexcept {
+    const int first = cluster / (band * rows) * band;
+    const int width = tokens - first < band ? tokens - first : band;
+    const int in_band = cluster - first * rows;
+    return {in_band / width, first + in_band % width};
+  }
+};
+
+}  // namespace qeft::tuning
