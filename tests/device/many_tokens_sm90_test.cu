@@ -186,12 +186,24 @@ void check_places() {
   }
 }
 
-bool is_built_in() {
+void check_choices() {
+  using tune = qeft::tuning::many_tokens_sm90;
+  check(tune::suits(32, 2048, 132) && tune::suits(86, 33, 132), "enough blocks and tokens");
+  check(!tune::suits(32, 64, 132) && !tune::suits(250, 32, 132), "too few blocks or tokens");
+  check(tune::tokens_for(32, 2048, 132) == 128 && tune::tokens_for(32, 256, 132) == 64,
+        "tokens of a block");
+}
+
+bool is_built_in(index_t tokens) {
   using view = qeft::quantized_matrix_view<quant_format<4>, qeft::weak_tail<>, fragment,
                                            qeft::device_memory>;
   qeft::kernel::few_tokens_args<view, float, qeft::epilogue::none> args{};
-  args.tokens = 1;
-  return detail::has_many_tokens_sm90(args);
+  args.w.out_channels = 4096;
+  args.tokens = static_cast<int>(tokens);
+  const bool has = detail::has_many_tokens_sm90(args);
+  if (tokens < 64) check(!detail::suits_many_tokens_sm90(args), "so few tokens");
+  if (tokens > 2000) check(detail::suits_many_tokens_sm90(args) == has, "so many tokens");
+  return has;
 }
 
 }  // namespace
@@ -203,13 +215,14 @@ int main(int argc, char** argv) {
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "the device");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "the device");
   const bool is_hopper = major == 9 && minor == 0;
-  if (is_built_in() != is_hopper) fail("has_many_tokens_sm90");
+  if (is_built_in(1) != is_hopper || is_built_in(2048) != is_hopper) fail("has_many_tokens_sm90");
   if (!is_hopper) {
     std::printf("skipped: compute capability %d.%d, not 9.0; %d failures\n", major, minor,
                 failures);
     return failures == 0 ? 77 : 1;
   }
   check_places();
+  check_choices();
   check_outputs();
   compare_groups();
   const int count = argc > 1 ? std::atoi(argv[1]) : 100;

@@ -4,12 +4,15 @@
 
 #include <cuda.h>
 
-#include "qeft/device/checks.cuh"
+#include "qeft/device/many_tokens.cuh"
 #include "qeft/kernel/many_tokens_sm90.cuh"
 
 namespace qeft {
 inline namespace QEFT_TARGET {
 namespace device::detail {
+
+using qeft::detail::device_attribute;
+using qeft::detail::launch_cluster;
 
 /// A tensor map over the first `columns` columns of a matrix x, whose rows are `tokens` tokens.
 /// @param x      16-byte aligned
@@ -53,8 +56,7 @@ status make_tensor_map(CUtensorMap& map, const Scalar* x, index_t columns, int t
 template <class View, class Y, class Epilogue>
 bool has_many_tokens_sm90(const kernel::few_tokens_args<View, Y, Epilogue>&) {
   int major = 0;
-  if (!qeft::detail::device_attribute(major, cudaDevAttrComputeCapabilityMajor).ok() ||
-      major != 9) {
+  if (!device_attribute(major, cudaDevAttrComputeCapabilityMajor).ok() || major != 9) {
     return false;
   }
   const auto k = kernel::many_tokens_sm90<64, tuning::chunk_columns, View, Y, Epilogue>;
@@ -80,13 +82,9 @@ status launch_many_tokens_sm90(cudaStream_t stream,
   };
   if (status s = describe(dense, args.dense_x, args.w.dense_columns()); !s.ok()) return s;
   if (status s = describe(weak, args.weak_x, args.w.weak_columns()); !s.ok()) return s;
-  // Always the same value: it belongs to the function, not to the launch.
-  const cudaError_t code =
-      cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (code != cudaSuccess) return qeft::detail::cuda_status(code, "gemm: cudaFuncSetAttribute");
+  if (status s = allow_shared("gemm", k, shared_bytes); !s.ok()) return s;
   int multiprocessors = 0;
-  if (status s = qeft::detail::device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount);
-      !s.ok()) {
+  if (status s = device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount); !s.ok()) {
     return s;
   }
   const int cluster = args.w.out_channels <= tune::rows ? 1 : tune::cluster;
@@ -94,30 +92,24 @@ status launch_many_tokens_sm90(cudaStream_t stream,
       ceil_div(args.w.out_channels, tune::rows * cluster) * ceil_div(args.tokens, Tokens);
   const index_t most = multiprocessors / cluster;
   const auto blocks = static_cast<unsigned>((clusters < most ? clusters : most) * cluster);
-  return qeft::detail::launch_cluster("gemm: the launch", k, blocks, tune::threads, cluster,
-                                      shared_bytes, stream, dense, weak, args);
+  return launch_cluster("gemm: the launch", k, blocks, tune::threads, cluster, shared_bytes, stream,
+                        dense, weak, args);
 }
-/// Picks the kernel by the groups.
 template <int Tokens, class View, class Y, class Epilogue>
 status launch_many_tokens_sm90(cudaStream_t stream,
                                const kernel::few_tokens_args<View, Y, Epilogue>& args) {
-  constexpr index_t chunk = tuning::chunk_columns;
-  const index_t group = args.w.columns_per_group;
-  if (args.w.groups <= 1 || group % chunk == 0) {
-    return launch_many_tokens_sm90<Tokens, chunk>(stream, args);
-  }
-  if (group == chunk / 4) return launch_many_tokens_sm90<Tokens, chunk / 4>(stream, args);
-  return launch_many_tokens_sm90<Tokens, dynamic>(stream, args);
+  return with_group_columns(args.w, [&](auto group_columns) {
+    return launch_many_tokens_sm90<Tokens, group_columns>(stream, args);
+  });
 }
-/// Y = X W^T, for any number of tokens from 1 on. @pre has_many_tokens_sm90(args)
+/// Y = X W^T, for any number of tokens from 1 on: picks the kernel. @pre has_many_tokens_sm90(args)
 template <class View, class Y, class Epilogue>
 status launch_many_tokens_sm90(cudaStream_t stream,
                                const kernel::few_tokens_args<View, Y, Epilogue>& args) {
   using tune = tuning::many_tokens_sm90;
   if constexpr (View::format_type::zero != zero_kind::scaled) {  // whose sums need more registers
     int multiprocessors = 0;
-    if (status s = qeft::detail::device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount);
-        !s.ok()) {
+    if (status s = device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount); !s.ok()) {
       return s;
     }
     const index_t row_blocks = ceil_div(args.w.out_channels, tune::rows);
@@ -126,6 +118,17 @@ status launch_many_tokens_sm90(cudaStream_t stream,
     }
   }
   return launch_many_tokens_sm90<64>(stream, args);
+}
+
+/// Whether that can be used, and the product is not for kernels that take fewer tokens or spread the
+/// parts of columns over blocks.
+template <class View, class Y, class Epilogue>
+bool suits_many_tokens_sm90(const kernel::few_tokens_args<View, Y, Epilogue>& args) {
+  using tune = tuning::many_tokens_sm90;
+  int multiprocessors = 0;
+  return device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount).ok() &&
+         tune::suits(ceil_div(args.w.out_channels, tune::rows), args.tokens, multiprocessors) &&
+         has_many_tokens_sm90(args);
 }
 
 }  // namespace device::detail

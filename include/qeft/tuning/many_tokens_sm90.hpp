@@ -24,6 +24,12 @@ struct many_tokens_sm90 {
   /// Blocks of tokens that are multiplied with the same rows at about the same time.
   static constexpr int band = 8;
 
+  /// Whether this is for so many tokens: more than a quarter of a block's products are needed, and
+  /// there are blocks for half of the device, if not parts of columns are spread over it.
+  QEFT_HOST_DEVICE static constexpr bool suits(index_t row_blocks, index_t tokens,
+                                               int multiprocessors) noexcept {
+    return tokens > 32 && 2 * row_blocks * ceil_div(tokens, 64) >= multiprocessors;
+  }
   /// Tokens of a block: 128 need the fewest instructions and bytes, about 9 for 8, but 64 may leave
   /// fewer multiprocessors without work.
   QEFT_HOST_DEVICE static constexpr int tokens_for(index_t row_blocks, index_t tokens,
