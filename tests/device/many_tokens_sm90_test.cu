@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products with many tokens on compute capability 9.0, against the definition in double and, bit for
-// bit, against those with few tokens.
+// Products with many tokens on compute capability 9.0, against the definition in double and, bit
+// for bit, against those with few tokens.
 #include "device/support.cuh"
 #include "qeft/device/many_tokens_sm90.cuh"
 #include "qeft/qeft.cuh"

@@ -69,9 +69,9 @@ __device__ __forceinline__ std::uint64_t advanced(std::uint64_t operand) {
       : QEFT_D(0), QEFT_D(8)                                                              \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)))
 
-/// Starts d = a * b, or with `adds` d += a * b, for a warpgroup, accumulated in FP32: A is 64 x 16, B
-/// 16 x N, D 64 x N. Warp i has rows 16 i to 16 i + 15 of A and D, as mma_16x8x16 has them: d[j]
-/// are columns 8 j to 8 j + 7. Until wait_for_products neither may be touched.
+/// Starts d = a * b, or with `adds` d += a * b, for a warpgroup, accumulated in FP32: A is 64 x 16,
+/// B 16 x 8 N, D 64 x 8 N. Warp i has rows 16 i to 16 i + 15 of A and D, as mma_16x8x16 has them:
+/// d[j] are columns 8 j to 8 j + 7. Until wait_for_products neither may be touched.
 /// @param b the first element of a row in shared memory: see swizzled_operand
 /// @pre fence_products after A was written; all threads take part, with the same b and adds
 template <class Scalar, int N>

@@ -8,9 +8,9 @@
 
 namespace qeft::block {
 
-/// Stages of so many columns of Tokens tokens (tuning::many_tokens_sm90). One thread of each block of a cluster fills them, one
-/// after another, with a part of the columns for all blocks; warps of all blocks multiply them in
-/// the same order. Each thread that takes part has a ring object of its own.
+/// Stages of some columns of Tokens tokens (tuning::many_tokens_sm90). One thread of each block of
+/// a cluster fills them, one after another, with a part of the columns for all blocks; warps of all
+/// blocks multiply them in the same order. Each thread that takes part has a ring of its own.
 template <class Scalar, int Tokens>
 class activation_ring {
   static constexpr int stages = tuning::many_tokens_sm90::stages;

@@ -70,9 +70,12 @@ class dense_product {
   }
 
  private:
-  /// Codes on their way into registers, some stages before they are needed.
+  /// Codes on their way into registers, some stages before they are needed, and into the
+  /// second-level cache before that.
   class code_stream {
-    static constexpr int stages_ahead = stage_tiles > 2 ? 1 : 2;
+    static constexpr int stages_ahead = 2;
+    static constexpr int stages_in_cache = 8;
+    static constexpr int stage_words = stage_tiles * static_cast<int>(fragment::tile_words<bits>());
 
    public:
     using words = typename unpack::lane_words[stage_tiles];
@@ -84,7 +87,9 @@ class dense_product {
                                                 fragment::tile_words<bits>();
       low_ = tile + lane * 4;
       high_ = tile + fragment::lanes * 4 + lane * (unpack::words - 4);
+      lines_ = tile + lane * line_words;
       unroll<stages_ahead>([&](auto i) { load<i>(i * stage_columns); });
+      for (int i = 0; i < stages_in_cache; ++i) prefetch(i * stage_columns);
     }
     /// The words of a stage, an even or an odd one.
     template <int Half>
@@ -95,9 +100,22 @@ class dense_product {
     template <int Half>
     __device__ void load_next(int column) {
       load<Half % stages_ahead>(column + stages_ahead * stage_columns);
+      prefetch(column + stages_in_cache * stage_columns);
     }
 
    private:
+    /// Of a cache line.
+    static constexpr int line_words = 32;
+    static constexpr int tile_lines = static_cast<int>(fragment::tile_words<bits>()) / line_words;
+
+    /// Asks for the next stage that is not in the cache yet: each lane for a line.
+    __device__ void prefetch(int column) {
+      const int lane = static_cast<int>(threadIdx.x % 32U);
+      if (lane < stage_tiles * tile_lines && column + lane / tile_lines * tile_columns < last_) {
+        arch::prefetch(lines_);
+      }
+      lines_ += stage_words;
+    }
     template <int Slot>
     __device__ void load(int column) {
       unroll<stage_tiles>([&](auto i) {
@@ -108,13 +126,14 @@ class dense_product {
           arch::load_once<unpack::words - 4, offset>(ring_[Slot][i] + 4, high_);
         }
       });
-      low_ += stage_tiles * fragment::tile_words<bits>();
-      high_ += stage_tiles * fragment::tile_words<bits>();
+      low_ += stage_words;
+      high_ += stage_words;
     }
 
     int last_;
     const std::uint32_t* low_;   // of the first plane, the next stage
     const std::uint32_t* high_;  // of the second one
+    const std::uint32_t* lines_;
     words ring_[stages_ahead] = {};
   };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a warpgroup contributes to Y = X W^T: 64 rows of W, the weak columns, many tokens. For compute
-// capability 9.0 alone.
+// What a warpgroup contributes to Y = X W^T: 64 rows of W, the weak columns, many tokens. For
+// compute capability 9.0 alone.
 #pragma once
 
 #include "qeft/block/activation_ring.cuh"
@@ -72,8 +72,8 @@ class weak_product {
   __device__ void prefetch(int column) const {
     static_assert(stage_steps * step_words * 4 == 32 * 128);
     const int step = column / step_columns + lane() / 4;
-    if (step * step_columns < columns_)
-      arch::prefetch(words_ + step * step_words + lane() % 4 * 32);
+    if (step * step_columns >= columns_) return;
+    arch::prefetch(words_ + step * step_words + lane() % 4 * 32);
   }
   /// Starts to add k-steps Step and Step + 1.
   template <int Step>

@@ -51,8 +51,8 @@ status make_tensor_map(CUtensorMap& map, const Scalar* x, index_t columns, int t
 }
 
 /// Whether launch_many_tokens_sm90 can be used: the current device has compute capability 9.0, and
-/// the code was made for sm_90a. Any other code of the kernel is empty, and has no static shared
-/// memory. (What one unit instantiates is compiled alike.)
+/// the code was made for sm_90a. Any other code of the kernel has no static shared memory. (All
+/// that a unit instantiates is made for the same architectures.)
 template <class View, class Y, class Epilogue>
 bool has_many_tokens_sm90(const kernel::few_tokens_args<View, Y, Epilogue>&) {
   int major = 0;
@@ -120,8 +120,8 @@ status launch_many_tokens_sm90(cudaStream_t stream,
   return launch_many_tokens_sm90<64>(stream, args);
 }
 
-/// Whether that can be used, and the product is not for kernels that take fewer tokens or spread the
-/// parts of columns over blocks.
+/// Whether that can be used, and the product is not for kernels that take fewer tokens or spread
+/// the parts of columns over blocks.
 template <class View, class Y, class Epilogue>
 bool suits_many_tokens_sm90(const kernel::few_tokens_args<View, Y, Epilogue>& args) {
   using tune = tuning::many_tokens_sm90;

@@ -33,9 +33,9 @@ struct many_tokens_shared {
   }
 };
 
-/// A block takes 128 rows and Tokens tokens, and then others (tuning::many_tokens_sm90 says which): a
-/// thread copies activations, two warpgroups multiply. Where the code is not made for sm_90a this is
-/// empty, and has no static shared memory: device::detail::has_many_tokens_sm90 tells them apart.
+/// A block takes 128 rows and Tokens tokens, and then others (tuning::many_tokens_sm90 says which):
+/// a thread copies activations, two warpgroups multiply. Code that is not made for sm_90a only
+/// traps, and has no static shared memory: device::detail::has_many_tokens_sm90 tells them apart.
 /// @param dense_x of args.dense_x: (tokens, IC - k); and weak_x of args.weak_x: (tokens, k)
 template <int Tokens, index_t GroupColumns, class View, class Y, class Epilogue>
 __global__ void __launch_bounds__(tuning::many_tokens_sm90::threads, 1)
@@ -58,10 +58,11 @@ __global__ void __launch_bounds__(tuning::many_tokens_sm90::threads, 1)
   const int channels = static_cast<int>(args.w.out_channels);
   const auto for_each_place = [&](const auto& body) {
     const int blocks = arch::cluster_blocks();
-    const int rows = static_cast<int>(ceil_div(channels, tune::rows * blocks));
-    const int tokens = static_cast<int>(ceil_div(args.tokens, Tokens));
-    for (unsigned i = blockIdx.x / blocks; i < rows * tokens; i += gridDim.x / blocks) {
-      body(tune::place_of(static_cast<int>(i), rows, tokens));
+    const int rows = (channels + tune::rows * blocks - 1) / (tune::rows * blocks);
+    const int tokens = (args.tokens + Tokens - 1) / Tokens;
+    const int clusters = static_cast<int>(gridDim.x) / blocks;
+    for (int i = static_cast<int>(blockIdx.x) / blocks; i < rows * tokens; i += clusters) {
+      body(tune::place_of(i, rows, tokens));
     }
   };
   // From one lane, so that the compiler knows it to be the same in all.
@@ -118,6 +119,8 @@ __global__ void __launch_bounds__(tuning::many_tokens_sm90::threads, 1)
     });
   }
   arch::sync_cluster();  // no block ends while others arrive at its barriers
+#else
+  __trap();
 #endif
 }
 
