@@ -5,6 +5,7 @@
 
 #include "qeft/device/checks.cuh"
 #include "qeft/device/many_tokens.cuh"
+#include "qeft/device/many_tokens_sm90.cuh"
 #include "qeft/kernel/any_layout.cuh"
 #include "qeft/kernel/few_tokens.cuh"
 #include "qeft/kernel/gather.cuh"
@@ -115,6 +116,7 @@ status launch(const on_stream& exec, const View& w, const X* x, index_t tokens, 
                                                         epilogue,
                                                         parts_of(w)};
   if (tokens < tuning::many_tokens_from) return launch_few(exec.stream, args);
+  if (suits_many_tokens_sm90(args)) return launch_many_tokens_sm90(exec.stream, args);
   std::byte* const behind = exec.workspace.data() + gathered_bytes(plan, tokens);
   const bool by_parts = part_sums_bytes(args.parts, w.out_channels, tokens) > 0;
   return launch_many(exec.stream, args, by_parts ? reinterpret_cast<float*>(behind) : nullptr);
