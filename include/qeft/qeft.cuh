@@ -7,6 +7,7 @@
 
 #include "qeft/core/device_memory.cuh"
 #include "qeft/core/stream_memory.cuh"
+#include "qeft/device/backward.cuh"
 #include "qeft/device/copy.cuh"
 #include "qeft/device/dequantize.cuh"
 #include "qeft/device/gather.cuh"

@@ -43,6 +43,21 @@ __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
+/// Loads words of which neighbours may be read soon. @pre the address is a multiple of their size
+template <int Words>
+__device__ __forceinline__ void load(std::uint32_t* to, const std::uint32_t* from) {
+  static_assert(Words == 1 || Words == 2 || Words == 4);
+  if constexpr (Words == 4) {
+    asm("ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+        : "l"(from));
+  } else if constexpr (Words == 2) {
+    asm("ld.global.nc.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+  } else {
+    asm("ld.global.nc.L2::128B.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+  }
+}
+
 /// Starts to copy 16 bytes to shared memory, ToOffset and FromOffset bytes behind the addresses.
 /// @pre all are multiples of 16
 template <int ToOffset = 0, int FromOffset = 0>

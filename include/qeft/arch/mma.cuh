@@ -53,4 +53,32 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&m)[4], std::uint32
                : "memory");
 }
 
+/// The same, with elements 2 t and 2 t + 1 of column g of each matrix for lane l = 4 g + t: of
+/// matrices whose rows are the contraction.
+template <int Offset>
+__device__ __forceinline__ void load_transposed_matrices(std::uint32_t (&m)[4],
+                                                         std::uint32_t shared_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(shared_address), "n"(Offset)
+               : "memory");
+}
+
+/// An 8 x 8 matrix of 16-bit elements whose row g lies in lanes 4 g .. 4 g + 3, transposed. All
+/// lanes take part.
+__device__ __forceinline__ std::uint32_t transposed_matrix(std::uint32_t m) {
+  std::uint32_t d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(m));
+  return d;
+}
+
+/// The A operand W^T of an A operand W.
+__device__ __forceinline__ void transpose_operand(std::uint32_t (&to)[4],
+                                                  const std::uint32_t (&w)[4]) {
+  to[0] = transposed_matrix(w[0]);
+  to[1] = transposed_matrix(w[2]);
+  to[2] = transposed_matrix(w[1]);
+  to[3] = transposed_matrix(w[3]);
+}
+
 }  // namespace qeft::arch

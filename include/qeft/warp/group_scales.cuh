@@ -21,6 +21,11 @@ class group_scales {
   static constexpr bool is_scaled = Format::zero == zero_kind::scaled;
 
  public:
+  /// The zero points of two rows: two codes, or two scalars.
+  using zero_pair = std::conditional_t<
+      is_scaled, std::uint32_t,
+      std::conditional_t<fragment::zero_width<Format::bits> == 4, std::uint8_t, std::uint16_t>>;
+
   /// Of rows r and r + 8, r = lane / 4.
   struct pair {
     float low;
@@ -56,12 +61,9 @@ class group_scales {
       constexpr unsigned width = fragment::zero_width<Format::bits>;
       offsets_ = unpack::make_offsets(next_zero_ & ((1U << width) - 1U), next_zero_ >> width);
     } else if constexpr (is_scaled) {
-      const pair zero = floats(next_zero_);
-      const unsigned low = nearest_code(scale_.low, zero.low);
-      const unsigned high = nearest_code(scale_.high, zero.high);
-      offsets_ = unpack::make_offsets(low, high);
-      rest_ = {fmaf(scale_.low, static_cast<float>(low), zero.low),
-               fmaf(scale_.high, static_cast<float>(high), zero.high)};
+      const zero_parts zero = parts_of(scale_, floats(next_zero_));
+      offsets_ = unpack::make_offsets(zero.low, zero.high);
+      rest_ = zero.rest;
     } else {
       offsets_ = unpack::make_offsets(Format::mid_code, Format::mid_code);
     }
@@ -81,37 +83,47 @@ class group_scales {
       return offsets_;
     }
   }
-  /// What a weight has beside s (q - z) with the z of `offsets`, when zero points are scaled: at
-  /// most s / 2, unless the zero point is out of the codes' range. So what is added up is about as
-  /// large as the weights are.
+  /// zero_parts::rest, when zero points are scaled.
   __device__ pair rest(int group) const {
     static_assert(is_scaled);
     return from_lane(rest_, group);
   }
 
- private:
-  /// The zero points of two rows: two codes, or two scalars.
-  using zero_pair = std::conditional_t<
-      is_scaled, std::uint32_t,
-      std::conditional_t<fragment::zero_width<Format::bits> == 4, std::uint8_t, std::uint16_t>>;
-
-  template <class T>
-  static __device__ T from_lane(T x, int group) {
-    return __shfl_sync(0xffffffffU, x, group, fragment::groups_together);
-  }
-  static __device__ pair from_lane(pair x, int group) {
-    return {from_lane(x.low, group), from_lane(x.high, group)};
-  }
-  /// The code that stands for the weight nearest to 0, where weights are scale * code + zero.
-  static __device__ unsigned nearest_code(float scale, float zero) {
-    const float code = scale == 0.0F ? 0.0F : rintf(-zero / scale);
-    return static_cast<unsigned>(fminf(fmaxf(code, 0.0F), static_cast<float>(Format::max_code)));
+  /// Scaled zero points: the codes that stand for the weights nearest to 0, and what a weight has
+  /// beside s (q - code): at most s / 2, unless the zero point is out of the codes' range. So what
+  /// is added up is about as large as the weights are.
+  struct zero_parts {
+    unsigned low;
+    unsigned high;
+    pair rest;
+  };
+  static __device__ zero_parts parts_of(pair scale, pair zero) {
+    const unsigned low = nearest_code(scale.low, zero.low);
+    const unsigned high = nearest_code(scale.high, zero.high);
+    return {low,
+            high,
+            {fmaf(scale.low, static_cast<float>(low), zero.low),
+             fmaf(scale.high, static_cast<float>(high), zero.high)}};
   }
   static __device__ pair floats(std::uint32_t x) {
     scalar low;
     scalar high;
     asm("mov.b32 {%0, %1}, %2;" : "=h"(low.bits), "=h"(high.bits) : "r"(x));
     return {to_float(low), to_float(high)};
+  }
+
+ private:
+  /// The code that stands for the weight nearest to 0, where weights are scale * code + zero.
+  static __device__ unsigned nearest_code(float scale, float zero) {
+    const float code = scale == 0.0F ? 0.0F : rintf(-zero / scale);
+    return static_cast<unsigned>(fminf(fmaxf(code, 0.0F), static_cast<float>(Format::max_code)));
+  }
+  template <class T>
+  static __device__ T from_lane(T x, int group) {
+    return __shfl_sync(0xffffffffU, x, group, fragment::groups_together);
+  }
+  static __device__ pair from_lane(pair x, int group) {
+    return {from_lane(x.low, group), from_lane(x.high, group)};
   }
 
   const std::uint32_t* scales_ = nullptr;  // the next set's
