@@ -4,13 +4,14 @@
 # tests, some of them under compute-sanitizer, and the benchmarks beside cuBLAS and PyTorch.
 #   bench/gpu_check.sh [--quick] [OUT]
 # Needs nvcc, g++ and python3; PyTorch where it is installed (QEFT_TORCH_PYTHON names its python).
-# Writes OUT/DEVICE.json and OUT/DEVICE.md; OUT is bench/results/DATE by default. With --quick, which
-# is also for a simulator, sizes are small and times mean nothing. Ends with 1 when a test failed.
+# Writes OUT/DATE-DEVICE.json and .md; OUT is bench/results by default. With --quick, which is also
+# for a simulator (QEFT_GPU_RUN: what runs a program), sizes are small and times mean nothing. Ends
+# with 1 when a test failed.
 set -uo pipefail
 root=$(realpath -- "$(dirname -- "$0")/..")
 quick=()
 [ "${1-}" != --quick ] || { quick=(--quick); shift; }
-out=${1:-$root/bench/results/$(date +%Y-%m-%d)}
+out=${1:-$root/bench/results}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
@@ -19,7 +20,7 @@ started=$SECONDS
 failed=0
 step() { printf '== %s  (%d:%02d)\n' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
 
-if [ -n "${QEFT_GPU_RUN-}" ]; then  # a simulator that takes a program as its arguments
+if [ -n "${QEFT_GPU_RUN-}" ]; then
   read -ra run <<<"$QEFT_GPU_RUN"
   device=simulator architectures=(-gencode arch=compute_80,code=compute_80 --compress-mode=none)
   [ "${CUDASIM_CC-90}" != 90 ] || architectures+=(-gencode arch=compute_90a,code=compute_90a)
@@ -86,8 +87,9 @@ fi
 
 step "Results"
 mkdir -p "$out"
+result=$out/$(date +%Y-%m-%d)-$device
 touch "$work/tests" "$work/sanitizer"
 python3 "$root/bench/device/table.py" --device "$device" --commit "$commit" --lines "$work/lines" \
-  --tests "$work/tests" --sanitizer "$work/sanitizer" --out "$out/$device" || failed=1
-cat "$out/$device.md"
+  --tests "$work/tests" --sanitizer "$work/sanitizer" --out "$result" || failed=1
+cat "$result.md"
 exit $failed
