@@ -18,6 +18,15 @@ __device__ __forceinline__ T& aligned(uint4* shared) {
   return *reinterpret_cast<T*>(reinterpret_cast<char*>(shared) + behind);
 }
 
+/// x, which the compiler then keeps in a register instead of computing it again in each round of a
+/// loop.
+template <class T>
+__device__ __forceinline__ T kept(T x) {
+  static_assert(sizeof(T) == 4);
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 /// Loads words that are read once, from Offset words behind `from` on; they are not kept in the
 /// first-level cache. @pre the address is a multiple of their size
 template <int Words, int Offset = 0>
@@ -66,10 +75,11 @@ __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
                "n"(ToOffset), "n"(FromOffset)
                : "memory");
 }
-/// Starts to write 16 bytes to shared memory: the first `bytes` are copied from `from`, the rest is
-/// zero. @pre both addresses are multiples of 16
+/// The same, but only the first `bytes` are copied, the rest is zero; with 0 bytes nothing is read.
+template <int ToOffset = 0, int FromOffset = 0>
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16, %2;" ::"r"(to), "l"(from),
+               "r"(bytes), "n"(ToOffset), "n"(FromOffset)
                : "memory");
 }
 /// Ends a set of the copies that this thread started.

@@ -13,7 +13,11 @@ namespace qeft::block {
 /// the same calls.
 template <class Scalar, int TokenTiles, int RowWarps, int TokenWarps>
 class activations {
+ public:
+  /// Of a stage.
   static constexpr int columns = tuning::stage_columns;
+
+ private:
   static constexpr int warps = RowWarps * TokenWarps;
   static constexpr int rows = TokenWarps * TokenTiles * 8;
   /// As in warp::activations.
@@ -41,7 +45,7 @@ class activations {
 
   /// Starts to copy the next columns, of which there are `left`, into stage Which; zeros behind
   /// them. @pre all threads of the block take part and have left the stage
-  template <int Which, bool Fill>
+  template <int Which>
   __device__ void start(int left) {
     constexpr int begin = Which * columns * 2;
     if (left >= columns && tokens_ == rows) {
@@ -72,10 +76,9 @@ class activations {
 
   /// As in warp::activations, of this warp's tokens.
   template <int Column>
-  __device__ void operands(std::uint32_t (&b)[TokenTiles][4], int offset = 0) const {
+  __device__ void operands(std::uint32_t (&b)[TokenTiles][4]) const {
     unroll<TokenTiles>([&](auto i) {
-      arch::load_matrices<2 * Column + i * 8 * row_bytes>(
-          b[i], read_ + static_cast<std::uint32_t>(2 * offset));
+      arch::load_matrices<2 * Column + i * 8 * row_bytes>(b[i], read_);
     });
   }
 

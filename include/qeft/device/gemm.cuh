@@ -43,19 +43,33 @@ tuning::parts parts_of(const View& w) {
   return tuning::make_parts(View::format_type::bits, w.dense_columns(), w.weak_columns());
 }
 
+/// The most shared memory that a block takes.
+template <class Product>
+constexpr int most_shared_bytes() noexcept {
+  int most = 0;
+  for (int parts = 1; parts <= 2 * tuning::most_parts; ++parts) {
+    const int bytes = Product::shared_bytes(parts, tuning::plan_warps(parts, 1, 1).warps);
+    if (bytes > most) most = bytes;
+  }
+  return most;
+}
+
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue>
-status launch_few(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Epilogue>& args) {
+status launch_few(cudaStream_t stream, int multiprocessors,
+                  kernel::few_tokens_args<View, Y, Epilogue> args) {
+  using product = block::few_tokens_product<View, RowTiles, TokenTiles, GroupColumns>;
   const auto k = kernel::few_tokens<RowTiles, TokenTiles, GroupColumns, View, Y, Epilogue>;
-  constexpr int most_shared = kernel::most_few_tokens_shared_bytes(RowTiles, TokenTiles);
+  constexpr int most_shared = most_shared_bytes<product>();
   static_assert(most_shared <= 99 * 1024, "more than a device of compute capability 8.6 has");
   if (status s = allow_shared("gemm", k, most_shared); !s.ok()) return s;
-  const int tokens = args.tokens < 8 * TokenTiles ? args.tokens : 8 * TokenTiles;
-  const int warps = tuning::warps_for(args.parts.count());
-  const dim3 grid(static_cast<unsigned>(ceil_div(args.w.out_channels, 16 * RowTiles)),
-                  static_cast<unsigned>(ceil_div(args.tokens, 8 * TokenTiles)));
-  return launch_kernel("gemm: the launch", k, grid, static_cast<unsigned>(32 * warps),
-                       kernel::few_tokens_shared_bytes(args.parts.count(), warps, tokens, RowTiles),
-                       stream, args);
+  const index_t row_blocks = ceil_div(args.w.out_channels, product::rows);
+  const index_t token_blocks = ceil_div(args.tokens, product::most_tokens);
+  const tuning::warp_plan plan =
+      tuning::plan_warps(args.parts.count(), row_blocks * token_blocks, multiprocessors);
+  args.parts_each = plan.parts_each;
+  const dim3 grid(static_cast<unsigned>(row_blocks), static_cast<unsigned>(token_blocks));
+  return launch_kernel("gemm: the launch", k, grid, static_cast<unsigned>(32 * plan.warps),
+                       product::shared_bytes(args.parts.count(), plan.warps), stream, args);
 }
 
 template <class View, class X, class Y, class Epilogue>
@@ -77,7 +91,7 @@ status launch_few(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Ep
   }
   const auto with_tiles = [&](auto row_tiles, auto token_tiles) {
     return with_group_columns(args.w, [&](auto group_columns) {
-      return launch_few<row_tiles, token_tiles, group_columns>(stream, args);
+      return launch_few<row_tiles, token_tiles, group_columns>(stream, multiprocessors, args);
     });
   };
   const auto with_rows = [&](auto token_tiles) {
@@ -114,7 +128,8 @@ status launch(const on_stream& exec, const View& w, const X* x, index_t tokens, 
                                                         static_cast<int>(tokens),
                                                         y,
                                                         epilogue,
-                                                        parts_of(w)};
+                                                        parts_of(w),
+                                                        1};
   if (tokens < tuning::many_tokens_from) return launch_few(exec.stream, args);
   if (suits_many_tokens_sm90(args)) return launch_many_tokens_sm90(exec.stream, args);
   std::byte* const behind = exec.workspace.data() + gathered_bytes(plan, tokens);

@@ -24,38 +24,21 @@ __global__ void __launch_bounds__(32 * tuning::many_row_warps * TokenWarps, 2 / 
   using activations = block::activations<scalar, token_tiles, tuning::many_row_warps, TokenWarps>;
   extern __shared__ uint4 shared[];
 
-  const tuning::parts& parts = args.parts;
   const int first_token = static_cast<int>(blockIdx.y) * most_tokens;
   const int tokens = min(args.tokens - first_token, most_tokens);
   const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x / 32U), 0);
   const int row_warp = warp % tuning::many_row_warps;
   const int token_warp = warp / tuning::many_row_warps;
   const product of(args.w, static_cast<int>(blockIdx.x) * (rows / 16) + row_warp * row_tiles);
-  const auto x_of = [&](const scalar* x) {
-    const scalar* first = x + static_cast<index_t>(first_token) * args.stride;
-    return activations(warp::token_rows<scalar>{first, args.stride, tokens}, shared);
-  };
+  const index_t x_at = index_t{first_token} * args.stride;
 
   typename product::result sum;
   const int first_part = static_cast<int>(blockIdx.z);
-  const int last_part = part_sums == nullptr ? parts.count() : first_part + 1;
-#pragma unroll 1
-  for (int part = first_part; part < last_part; ++part) {
-    typename product::result part_sum;
-    if (part < parts.dense) {
-      const int first = part * parts.dense_columns;
-      const int last = min(first + parts.dense_columns, static_cast<int>(args.w.dense_columns()));
-      activations x = x_of(args.dense_x + first);
-      of.add_dense(first, last, x, part_sum);
-    } else {
-      const int first = (part - parts.dense) * parts.weak_columns;
-      const int last = min(first + parts.weak_columns, static_cast<int>(args.w.weak_columns()));
-      activations x = x_of(args.weak_x + first);
-      of.add_weak(first, last, x, part_sum);
-    }
-    sum += part_sum;
-    __syncthreads();
-  }
+  of.for_each_part(
+      args.parts, first_part, part_sums == nullptr ? args.parts.count() : first_part + 1,
+      args.dense_x + x_at, args.weak_x + x_at,
+      [&](const scalar* x) { return activations({x, args.stride, tokens}, shared); },
+      [&](const typename product::result& part_sum) { sum += part_sum; });
 
   // Token after token in shared memory, so that stores are contiguous.
   float* const tile = reinterpret_cast<float*>(shared);

@@ -6,13 +6,22 @@
 
 namespace qeft::tuning {
 
-/// Warps of a block, at most.
-inline constexpr int few_tokens_warps = 5;
+/// Warps of a block that has a multiprocessor to itself, and of one that shares it with another.
+inline constexpr int most_few_tokens_warps = 9;
+inline constexpr int shared_few_tokens_warps = 5;
 
-/// Warps of a block: as few as take the parts in as many rounds as few_tokens_warps would.
-constexpr int warps_for(int parts) noexcept {
-  const int rounds = static_cast<int>(ceil_div(parts, few_tokens_warps));
-  return static_cast<int>(ceil_div(parts, rounds));
+/// How the parts of a row are spread over the warps of a block: each takes some in a row.
+struct warp_plan {
+  int warps;
+  int parts_each;
+};
+
+/// As many warps as are good for the number of blocks, or fewer if these take as many parts each.
+constexpr warp_plan plan_warps(int parts, index_t blocks, int multiprocessors) noexcept {
+  const int most =
+      blocks <= index_t{multiprocessors} ? most_few_tokens_warps : shared_few_tokens_warps;
+  const auto each = static_cast<int>(ceil_div(parts, most));
+  return {static_cast<int>(ceil_div(parts, each)), each};
 }
 
 /// Tiles of 16 rows that a warp multiplies at a time: two share the activations, where that leaves

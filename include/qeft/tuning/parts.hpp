@@ -8,10 +8,10 @@ namespace qeft::tuning {
 
 /// Columns that a warp multiplies in one round of its loop, and of which parts are a multiple.
 inline constexpr int chunk_columns = 512;
-/// Columns of activations that it stages at a time.
+/// Columns that it adds up on tensor cores at most.
 inline constexpr int stage_columns = chunk_columns / 2;
 /// Parts of the dense columns of a row, at most; as many of the weak ones.
-inline constexpr int most_parts = 4;
+inline constexpr int most_parts = 8;
 
 /// Runs of columns that are summed up one by one, their sums then in this order: first the dense
 /// ones, then the weak ones. They depend on shape and bits alone, so that a result depends neither

@@ -18,59 +18,64 @@ struct token_rows {
   int tokens;          // at least 1
 };
 
-/// Two stages of tuning::stage_columns columns of up to 8 * TokenTiles tokens in shared memory: one
-/// is multiplied while the next one comes. For one warp.
+/// Two stages of `columns` columns of up to 8 * TokenTiles tokens in shared memory: one is
+/// multiplied while the next one comes. For one warp.
 template <class Scalar, int TokenTiles>
 class activations {
-  static constexpr int columns = tuning::stage_columns;
-  /// Bytes from one token to the next: 16 more than both stages take, so that the rows which
-  /// load_matrices reads together lie in different banks.
-  static constexpr int row_bytes = 2 * columns * 2 + 16;
+ public:
+  /// Of a stage.
+  static constexpr int columns = tuning::stage_columns / TokenTiles;
+  static_assert(columns % 32 == 0);
+
+ private:
+  /// Of a token.
+  static constexpr int stages_bytes = 2 * columns * 2;
+  /// From one token to the next: the rows which load_matrices reads together lie in different
+  /// banks.
+  static constexpr int row_bytes = stages_bytes + 16;
 
  public:
   /// Shared memory of a warp, 16-byte aligned.
-  QEFT_HOST_DEVICE static constexpr int shared_bytes(int tokens) noexcept {
-    return tokens * row_bytes;
-  }
+  static constexpr int shared_bytes = 8 * TokenTiles * row_bytes;
 
-  /// @param x      of which columns are taken from the first on
-  /// @param shared shared_bytes(x.tokens) of the warp's own
+  /// @param x      of which columns are taken from the first on; tokens behind the last are zeros
+  /// @param shared shared_bytes of the warp's own
   __device__ activations(const token_rows<Scalar>& x, void* shared) {
+    // Eight lanes have a column after another of eight tokens, as the matrices of load_matrices.
     const int lane = static_cast<int>(threadIdx.x % 32U);
     for (int i = 0; i < TokenTiles; ++i) {
       const int token = 8 * i + lane % 8;
-      has_token_[i] = token < x.tokens;
-      // Eight lanes have a column after another of eight tokens, as the matrices of load_matrices.
-      // Where there are fewer tokens, the last one stands in: its results are not stored.
-      const int row = has_token_[i] ? token : x.tokens - 1;
-      next_[i] = x.data + index_t{row} * x.stride + lane / 8 * 8;
-      shared_[i] = arch::shared_address(shared) +
-                   static_cast<std::uint32_t>(row * row_bytes + lane / 8 * 16);
+      bytes_[i] = arch::kept(token < x.tokens ? 16 : 0);
+      next_[i] = x.data + lane / 8 * 8 + index_t{min(token, x.tokens - 1)} * index_t{x.stride};
     }
+    shared_ = arch::kept(arch::shared_address(shared) +
+                         static_cast<std::uint32_t>(lane % 8 * row_bytes + lane / 8 * 16));
   }
 
-  /// Starts to copy the next columns, of which there are `left`, into stage Which; behind them
-  /// zeros, up to a multiple of 32 columns, or with Fill to the end of the stage. @pre all lanes
-  /// take part and have left the stage
-  template <int Which, bool Fill>
+  /// Starts to copy the next columns, of which there are `left`, into stage Which; zeros behind
+  /// them. @pre all lanes take part and have left the stage
+  template <int Which>
   __device__ void start(int left) {
     constexpr int begin = Which * columns * 2;
-    for (int i = 0; i < TokenTiles; ++i) {
-      if (!has_token_[i]) continue;
-      if (left >= columns) {
-        unroll<columns / 32>(
-            [&](auto c) { arch::copy_async<begin + 64 * c, 64 * c>(shared_[i], next_[i]); });
-      } else {
-        const int mine = left - static_cast<int>(threadIdx.x % 32U) / 8 * 8;
+    if (left >= columns) {
+      unroll<TokenTiles>([&](auto i) {
+        unroll<columns / 32>([&](auto c) {
+          arch::copy_async<begin + i * 8 * row_bytes + 64 * c, 64 * c>(shared_, next_[i],
+                                                                      bytes_[i]);
+        });
+      });
+    } else {
+      int there = 2 * (left - static_cast<int>(threadIdx.x % 32U) / 8 * 8);
 #pragma unroll 1
-        for (int c = 0; c < (Fill ? columns : left); c += 32) {
-          const int elements = mine < c ? 0 : mine < c + 8 ? mine - c : 8;
-          arch::copy_async(shared_[i] + static_cast<std::uint32_t>(begin + 2 * c), next_[i] + c,
-                           2 * elements);
-        }
+      for (std::uint32_t at = 0; at < 2 * columns; at += 64, there -= 64) {
+        const int most = max(there, 0);
+        unroll<TokenTiles>([&](auto i) {
+          arch::copy_async<begin + i * 8 * row_bytes>(shared_ + at, next_[i] + at / 2,
+                                                      min(most, bytes_[i]));
+        });
       }
-      next_[i] += columns;
     }
+    for (auto& next : next_) next += columns;
   }
   /// Before `start`: no lane reads any more of what is in the stage.
   __device__ void leave() const { __syncwarp(); }
@@ -81,19 +86,19 @@ class activations {
     __syncwarp();
   }
 
-  /// B operands of the two k-steps at Column of both stages together, for each tile of tokens:
-  /// registers 0 and 1 of the first step, 2 and 3 of the second.
+  /// B operands of the two k-steps at Column, where stages take turns from column 0 on, for each
+  /// tile of tokens: registers 0 and 1 of the first step, 2 and 3 of the second.
   template <int Column>
-  __device__ void operands(std::uint32_t (&b)[TokenTiles][4], int offset = 0) const {
-    for (int i = 0; i < TokenTiles; ++i) {
-      arch::load_matrices<2 * Column>(b[i], shared_[i] + static_cast<std::uint32_t>(2 * offset));
-    }
+  __device__ void operands(std::uint32_t (&b)[TokenTiles][4]) const {
+    unroll<TokenTiles>([&](auto i) {
+      arch::load_matrices<2 * Column % stages_bytes + i * 8 * row_bytes>(b[i], shared_);
+    });
   }
 
  private:
-  bool has_token_[TokenTiles];
-  const Scalar* next_[TokenTiles];    // what a lane copies next
-  std::uint32_t shared_[TokenTiles];  // where a lane writes and reads its token
+  int bytes_[TokenTiles];           // that a lane copies at a time: 0 behind the last token
+  const Scalar* next_[TokenTiles];  // what it copies next
+  std::uint32_t shared_;            // where it writes and reads, of the first tile of tokens
 };
 
 }  // namespace qeft::warp

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "qeft/arch/copy.cuh"
+#include "qeft/arch/shuffle.cuh"
 #include "qeft/container/quantized_matrix_view.hpp"
 #include "qeft/layout/fragment.hpp"
 #include "qeft/thread/unpack.hpp"
@@ -33,8 +34,8 @@ class group_scales {
   };
 
   group_scales() = default;
-  /// Loads a set. @param set its number among those of all rows: layout::fragment::group_sets of
-  ///                         each tile of 16 rows
+  /// Starts to load a set. @param set its number among those of all rows:
+  ///                                  layout::fragment::group_sets of each tile of 16 rows
   template <class View>
   __device__ group_scales(const View& w, int set) {
     const index_t first = index_t{set} * fragment::lanes + static_cast<int>(threadIdx.x % 32U);
@@ -43,7 +44,6 @@ class group_scales {
       zeros_ = reinterpret_cast<const zero_pair*>(w.zeros) + first;
     }
     load_next();
-    advance();
   }
 
   /// Starts to load the next set, which takes the place of the present one at `advance`.
@@ -60,6 +60,7 @@ class group_scales {
     if constexpr (has_zeros) {
       constexpr unsigned width = fragment::zero_width<Format::bits>;
       offsets_ = unpack::make_offsets(next_zero_ & ((1U << width) - 1U), next_zero_ >> width);
+      for (auto& offset : offsets_.of) offset = arch::kept(offset);
     } else if constexpr (is_scaled) {
       const zero_parts zero = parts_of(scale_, floats(next_zero_));
       offsets_ = unpack::make_offsets(zero.low, zero.high);
@@ -69,10 +70,14 @@ class group_scales {
     }
   }
 
-  /// Scales of a group of the set, 0 <= group < 4.
-  __device__ pair scale(int group) const { return from_lane(scale_, group); }
+  /// Scales of a group of the set, 0 <= group < 4, an int or a constant.
+  template <class Group>
+  __device__ pair scale(Group group) const {
+    return from_lane(scale_, group);
+  }
   /// What unpack adds to codes.
-  __device__ typename unpack::offsets offsets(int group) const {
+  template <class Group>
+  __device__ typename unpack::offsets offsets(Group group) const {
     if constexpr (has_zeros || is_scaled) {
       typename unpack::offsets of_group;
       for (int i = 0; i < unpack::offset_count; ++i) {
@@ -84,7 +89,8 @@ class group_scales {
     }
   }
   /// zero_parts::rest, when zero points are scaled.
-  __device__ pair rest(int group) const {
+  template <class Group>
+  __device__ pair rest(Group group) const {
     static_assert(is_scaled);
     return from_lane(rest_, group);
   }
@@ -118,11 +124,12 @@ class group_scales {
     const float code = scale == 0.0F ? 0.0F : rintf(-zero / scale);
     return static_cast<unsigned>(fminf(fmaxf(code, 0.0F), static_cast<float>(Format::max_code)));
   }
-  template <class T>
-  static __device__ T from_lane(T x, int group) {
-    return __shfl_sync(0xffffffffU, x, group, fragment::groups_together);
+  template <class T, class Group>
+  static __device__ T from_lane(T x, Group group) {
+    return arch::from_lane<fragment::groups_together>(x, group);
   }
-  static __device__ pair from_lane(pair x, int group) {
+  template <class Group>
+  static __device__ pair from_lane(pair x, Group group) {
     return {from_lane(x.low, group), from_lane(x.high, group)};
   }
 

@@ -36,6 +36,11 @@ struct sums {
   }
 };
 
+/// What part_product::add_dense calls when nothing is to be done between its chunks.
+struct do_nothing {
+  __device__ void operator()(int) const {}
+};
+
 /// A warp's part of the product with a layer over layout::fragment.
 /// @tparam View         quantized_matrix_view<Format, weak_tail<...>, layout::fragment,
 ///                      device_memory>
@@ -50,13 +55,15 @@ class part_product {
   using unpack = qeft::unpack<bits, scalar>;
   static constexpr int tile_columns = static_cast<int>(fragment::columns<bits>);
   static constexpr int tiles_per_chunk = tuning::chunk_columns / tile_columns;
-  static constexpr int tiles_per_stage = tiles_per_chunk / 2;
   /// With many tokens there is more to do for a tile than it takes to come, and less room.
   static constexpr int most_tiles_ahead = TokenTiles <= 2 ? 8 : 4;
   static constexpr int tiles_ahead =
       tiles_per_chunk < most_tiles_ahead ? tiles_per_chunk : most_tiles_ahead;
   /// Tiles that are asked for together.
-  static constexpr int tiles_together = tiles_per_stage < 4 ? tiles_per_stage : 4;
+  static constexpr int tiles_together = tiles_per_chunk < 8 ? tiles_per_chunk / 2 : 4;
+  /// Weak columns that are multiplied together, and how many of these are loaded ahead.
+  static constexpr int weak_columns = 2 * fragment::step_columns;
+  static constexpr int weak_ahead = most_tiles_ahead / 2;
   static constexpr bool scaled = format::zero == zero_kind::scaled;
   /// A chunk has the four groups of a set.
   static constexpr bool set_is_chunk = 4 * GroupColumns == tuning::chunk_columns;
@@ -76,32 +83,77 @@ class part_product {
     }
   }
 
-  /// Adds the dense columns [first, last), group after group. @pre first is a multiple of
+  /// Sums up parts [part, end) of the columns: done(sum) is called with each of them, in order.
+  /// All lanes take part.
+  /// @param dense_x of the first dense column  @param weak_x of the first weak column
+  /// @param x_of    makes of a pointer to the first of some columns what add_dense and add_weak
+  ///                take; nobody uses its shared memory then
+  template <class XOf, class Done>
+  __device__ void for_each_part(const tuning::parts& parts, int part, int end,
+                                const scalar* dense_x, const scalar* weak_x, const XOf& x_of,
+                                const Done& done) const {
+    if (part < parts.dense) {
+      const int last_part = min(end, parts.dense);
+      const int first = part * parts.dense_columns;
+      const int last =
+          min(last_part * parts.dense_columns, static_cast<int>(w_.dense_columns()));
+      int part_end = min(first + parts.dense_columns, last);
+      result sum;
+      auto x = x_of(dense_x + first);
+      add_dense(first, last, x, sum, [&](int column) {
+        if (column < part_end) return;
+        done(sum);
+        sum = {};
+        part_end = min(part_end + parts.dense_columns, last);
+      });
+      x.leave();
+      part = last_part;
+    }
+#pragma unroll 1
+    for (; part < end; ++part) {
+      const int first = (part - parts.dense) * parts.weak_columns;
+      const int last = min(first + parts.weak_columns, static_cast<int>(w_.weak_columns()));
+      result sum;
+      auto x = x_of(weak_x + first);
+      add_weak(first, last, x, sum);
+      done(sum);
+      x.leave();
+    }
+  }
+
+  /// Adds the dense columns [first, last), group after group. @pre first < last; first is a multiple of
   /// tuning::chunk_columns, and so is last unless the columns end there; all lanes take part
-  /// @param x activations of these columns: warp::activations, or what else stages them
-  template <class Activations>
-  __device__ void add_dense(int first, int last, Activations& x, result& sum) const {
-    code_stream codes(*this, first, last);
-    group_state group(*this, first);
-    x.template start<0, true>(last - first);
+  /// @param x    activations of these columns: warp::activations, or what else stages them
+  /// @param sum  may be taken away in between: `done`(column) is called whenever it has all columns
+  ///             up to `column`, a multiple of tuning::chunk_columns or behind the last one
+  template <class Activations, class Done = do_nothing>
+  __device__ void add_dense(int first, int last, Activations& x, result& sum,
+                            const Done& done = {}) const {
+    constexpr int columns = Activations::columns;
+    code_stream codes(*this, first);
+    codes.template load<0, tiles_ahead>(last - first);
+    x.template start<0>(last - first);
     arch::commit_copies();
-    for (int column = first; column < last; column += tuning::chunk_columns) {
-      group.begin_chunk(column, last);
-      unroll<2>([&](auto stage) {
-        // While this stage is multiplied, the other one is filled.
-        constexpr int other = 1 - stage;
-        const int next = column + (stage + 1) * tuning::stage_columns;
+    group_state group(*this, first);
+    int column = first;
+    do {
+      const int left = last - column;
+      group.begin_chunk(left);
+      unroll<tuning::chunk_columns / columns>([&](auto stage) {
+        constexpr int begin = stage * columns;
+        constexpr int end = begin + columns;
+        // While this stage is multiplied, the next one comes. Behind the last column activations
+        // are zeros, which add nothing; whole groups are left out.
+        constexpr bool goes_on = !set_is_chunk && end < tuning::chunk_columns;
         x.leave();
-        if (stage == 0 || next < last) x.template start<other, true>(last - next);
+        if (goes_on || left > end) x.template start<(stage + 1) % 2>(left - end);
         arch::commit_copies();
         x.template wait<1>();
-        // Behind the last column activations are zeros, which add nothing; whole groups are left
-        // out.
-        unroll<tiles_per_stage>([&](auto i) {
-          constexpr int tile = stage * tiles_per_stage + i;
+        unroll<columns / tile_columns>([&](auto i) {
+          constexpr int tile = begin / tile_columns + i;
           if constexpr (set_is_chunk) {
             constexpr int group_begin = tile * tile_columns / GroupColumns * GroupColumns;
-            if (column + group_begin >= last) return;
+            if (left <= group_begin) return;
           }
           unroll<unpack::steps / 2>([&](auto pair) {
             constexpr int at = tile * tile_columns + pair * 2 * fragment::step_columns;
@@ -112,12 +164,14 @@ class part_product {
             group.template passed<at + 2 * fragment::step_columns>(sum);
           });
           if constexpr ((tile + 1) % tiles_together == 0) {
-            codes.template load_next<tile + 1 - tiles_together>(column);
+            codes.template load_next<tile + 1 - tiles_together>(left);
           }
         });
       });
       codes.next_chunk();
-    }
+      column += tuning::chunk_columns;
+      done(column);
+    } while (column < last);
     x.template wait<0>();
   }
 
@@ -125,43 +179,38 @@ class part_product {
   /// @param x activations of these columns
   template <class Activations>
   __device__ void add_weak(int first, int last, Activations& x, result& sum) const {
-    const int lane = static_cast<int>(threadIdx.x % 32U);
-    const std::uint32_t* words[RowTiles];
-    for (int r = 0; r < RowTiles; ++r) {
-      const index_t step = row_tile_[r] * weak_steps_ + first / fragment::step_columns;
-      words[r] = reinterpret_cast<const std::uint32_t*>(w_.weak_values) +
-                 step * (fragment::lanes * 4) + lane * 4;
-    }
-    for (int column = first; column < last; column += tuning::stage_columns) {
-      x.leave();
-      x.template start<0, false>(last - column);
-      arch::commit_copies();
-      x.template wait<0>();
-      const int columns =
-          last - column < tuning::stage_columns ? last - column : tuning::stage_columns;
-      result stage_sum;
-#pragma unroll 4
-      for (int at = 0; at < columns; at += 2 * fragment::step_columns) {
-        std::uint32_t a[2][RowTiles][4] = {};
-        const bool both = at + fragment::step_columns < columns;
-        for (int r = 0; r < RowTiles; ++r) {
-          arch::load_once<4>(a[0][r], words[r]);
-          if (both) arch::load_once<4, fragment::lanes * 4>(a[1][r], words[r]);
-          words[r] += 2 * fragment::lanes * 4;
-        }
-        std::uint32_t b[TokenTiles][4];
-        x.template operands<0>(b, at);
-        unroll<2>([&](auto half) {
-          for (int r = 0; r < RowTiles; ++r) {
-            for (int t = 0; t < TokenTiles; ++t) {
-              arch::mma_16x8x16<scalar>(stage_sum.of[r][t], a[half][r], b[t][2 * half],
-                                        b[t][2 * half + 1]);
-            }
-          }
+    constexpr int columns = Activations::columns;
+    weak_stream values(*this, first);
+    values.template load<0, weak_ahead>(last - first);
+    x.template start<0>(last - first);
+    arch::commit_copies();
+    result stage_sum;
+    for (int left = last - first; left > 0; left -= 2 * columns) {
+      unroll<2>([&](auto stage) {
+        constexpr int begin = stage * columns;
+        constexpr int end = begin + columns;
+        if (stage == 1 && left <= begin) return;
+        x.leave();
+        if (left > end) x.template start<1 - stage>(left - end);
+        arch::commit_copies();
+        x.template wait<1>();
+        unroll<columns / weak_columns>([&](auto i) {
+          constexpr int at = begin + i * weak_columns;
+          if (left <= at) return;
+          std::uint32_t b[TokenTiles][4];
+          x.template operands<at>(b);
+          values.template multiply<at / weak_columns>(b, stage_sum);
+          values.template load<at / weak_columns + weak_ahead, 1>(left);
         });
-      }
-      sum += stage_sum;
+        if (end % tuning::stage_columns == 0) {
+          sum += stage_sum;
+          stage_sum = {};
+        }
+      });
+      values.template advance<2 * columns>();
     }
+    x.template wait<0>();
+    sum += stage_sum;
   }
 
  private:
@@ -170,23 +219,33 @@ class part_product {
     using words = typename unpack::lane_words[RowTiles];
 
    public:
-    __device__ code_stream(const part_product& p, int first, int last) : last_(last) {
+    __device__ code_stream(const part_product& p, int first) {
       const int lane = static_cast<int>(threadIdx.x % 32U);
       for (int r = 0; r < RowTiles; ++r) {
-        const int tile_index = p.row_tile_[r] * p.column_tiles_ + first / tile_columns;
-        const std::uint32_t* tile = p.w_.codes + tile_index * fragment::tile_words<bits>();
-        low_[r] = tile + lane * 4;
-        high_[r] = tile + fragment::lanes * 4 + lane * (unpack::words - 4);
+        const int tile = p.row_tile_[r] * p.column_tiles_ +
+                         static_cast<int>(quotient(first, tile_columns));
+        const index_t at = tile * fragment::tile_words<bits>();
+        low_[r] = p.w_.codes + lane * 4 + at;
+        high_[r] = p.w_.codes + fragment::lanes * 4 + lane * (unpack::words - 4) + at;
       }
-      load<0, tiles_ahead>(first);
     }
     /// The words of tile i of a chunk.
     __device__ const words& tile(int i) const { return ring_[i % tiles_ahead]; }
-    /// Instead of tiles_together tiles from First on of the chunk at `column`, which are done,
-    /// later ones.
+    /// Loads Count tiles from the chunk's First on. @param left columns from the chunk on
+    template <int First, int Count>
+    __device__ void load(int left) {
+      if (left >= (First + Count) * tile_columns) {
+        unroll<Count>([&](auto i) { load_tile<First + i>(); });
+      } else if (left > First * tile_columns) {
+        unroll<Count>([&](auto i) {
+          if (left > (First + i) * tile_columns) load_tile<First + i>();
+        });
+      }
+    }
+    /// Instead of tiles_together tiles from First on, which are done, later ones.
     template <int First>
-    __device__ void load_next(int column) {
-      load<First + tiles_ahead, tiles_together>(column + (First + tiles_ahead) * tile_columns);
+    __device__ void load_next(int left) {
+      load<First + tiles_ahead, tiles_together>(left);
     }
     __device__ void next_chunk() {
       for (int r = 0; r < RowTiles; ++r) {
@@ -196,17 +255,6 @@ class part_product {
     }
 
    private:
-    /// Count tiles from the chunk's First on, at `column`, up to the last column.
-    template <int First, int Count>
-    __device__ void load(int column) {
-      if (column + Count * tile_columns <= last_) {
-        unroll<Count>([&](auto i) { load_tile<First + i>(); });
-      } else {
-        unroll<Count>([&](auto i) {
-          if (column + i * tile_columns < last_) load_tile<First + i>();
-        });
-      }
-    }
     template <int Tile>
     __device__ void load_tile() {
       constexpr int offset = Tile * static_cast<int>(fragment::tile_words<bits>());
@@ -219,10 +267,71 @@ class part_product {
       }
     }
 
-    int last_;
     const std::uint32_t* low_[RowTiles];   // of the first plane, the chunk's first tile
     const std::uint32_t* high_[RowTiles];  // of the second one
-    words ring_[tiles_ahead] = {};
+    words ring_[tiles_ahead];  // behind the last column anything: zeros are multiplied with it
+  };
+
+  /// Weak columns on their way into registers, weak_ahead times weak_columns of them before they
+  /// are needed.
+  class weak_stream {
+   public:
+    __device__ weak_stream(const part_product& p, int first) {
+      const int lane = static_cast<int>(threadIdx.x % 32U);
+      for (int r = 0; r < RowTiles; ++r) {
+        const int step = p.row_tile_[r] * p.weak_steps_ +
+                         static_cast<int>(quotient(first, fragment::step_columns));
+        from_[r] = reinterpret_cast<const std::uint32_t*>(p.w_.weak_values) + lane * 4 +
+                   step * step_words;
+      }
+    }
+    /// Adds the Which-th weak_columns behind where the stream is.
+    template <int Which>
+    __device__ void multiply(const std::uint32_t (&b)[TokenTiles][4], result& sum) const {
+      unroll<2>([&](auto half) {
+        for (int r = 0; r < RowTiles; ++r) {
+          for (int t = 0; t < TokenTiles; ++t) {
+            arch::mma_16x8x16<scalar>(sum.of[r][t], ring_[Which % weak_ahead][r][half],
+                                      b[t][2 * half], b[t][2 * half + 1]);
+          }
+        }
+      });
+    }
+    /// Loads Count times weak_columns, from the Which-th on behind where the stream is, of `left`
+    /// columns; behind them zeros.
+    template <int Which, int Count>
+    __device__ void load(int left) {
+      if (left >= (Which + Count) * weak_columns) {
+        unroll<2 * Count>([&](auto step) { load_step<2 * Which + step>(); });
+      } else if (left > Which * weak_columns) {
+        unroll<2 * Count>([&](auto step) {
+          if (left > (2 * Which + step) * fragment::step_columns) {
+            load_step<2 * Which + step>();
+          } else {
+            for (auto& of_row : ring_[(2 * Which + step) / 2 % weak_ahead]) {
+              for (auto& word : of_row[step % 2]) word = 0;
+            }
+          }
+        });
+      }
+    }
+    template <int Columns>
+    __device__ void advance() {
+      for (auto& from : from_) from += Columns / fragment::step_columns * step_words;
+    }
+
+   private:
+    static constexpr index_t step_words = fragment::lanes * 4;
+    template <int Step>
+    __device__ void load_step() {
+      for (int r = 0; r < RowTiles; ++r) {
+        arch::load_once<4, Step * static_cast<int>(step_words)>(
+            ring_[Step / 2 % weak_ahead][r][Step % 2], from_[r]);
+      }
+    }
+
+    const std::uint32_t* from_[RowTiles];
+    std::uint32_t ring_[weak_ahead][RowTiles][2][4];
   };
 
   /// The group that is being summed up, without its scale.
@@ -237,31 +346,34 @@ class part_product {
     __device__ group_state(const part_product& p, int first)
         : columns_(static_cast<int>(p.w_.columns_per_group)),
           sets_(p.group_sets_),
-          first_(first),
-          group_(set_is_chunk ? first / static_cast<int>(GroupColumns)
-                              : static_cast<int>(quotient(first, columns_))),
+          group_(static_cast<int>(quotient(first, set_is_chunk ? GroupColumns : columns_))),
           left_((group_ + 1) * columns_ - first) {
       for (int r = 0; r < RowTiles; ++r) {
-        params_[r] = group_scales<format>(p.w_, p.row_tile_[r] * p.group_sets_ + group_ / 4);
+        params_[r] = group_scales<format>(
+            p.w_, p.row_tile_[r] * p.group_sets_ +
+                      static_cast<int>(quotient(group_, fragment::groups_together)));
       }
+      if constexpr (set_is_chunk) return;
+      next_set();
       if (!is_static) enter(group_ % 4);
     }
 
-    /// Before the chunk at `column`.
-    __device__ void begin_chunk(int column, int last) {
+    /// Before a chunk. @param left columns from there on
+    __device__ void begin_chunk(int left) {
       if constexpr (set_is_chunk) {
-        for (auto& p : params_) {
-          if (column > first_) p.advance();
-          if (column + tuning::chunk_columns < last) p.load_next();
-        }
-      } else if constexpr (is_static) {
-        if (column > first_) load_set();
+        for (auto& p : params_) p.advance();
+        if (left <= tuning::chunk_columns) return;
+        for (auto& p : params_) p.load_next();
       }
     }
     /// Before the columns from At on of a chunk.
     template <int At>
     __device__ void reached() {
-      if constexpr (begins_sum(At)) enter(set_is_chunk ? At / GroupColumns : group_ % 4);
+      if constexpr (set_is_chunk) {
+        if constexpr (begins_sum(At)) enter(constant<At / GroupColumns>{});
+      } else if constexpr (begins_sum(At)) {
+        enter(group_ % 4);
+      }
     }
     /// Adds k-steps Step and Step + 1 of a tile, which are at column At of the chunk.
     template <int Step, int At>
@@ -291,7 +403,7 @@ class part_product {
     __device__ void passed(result& sum) {
       constexpr bool ends_stage = At % tuning::stage_columns == 0;
       if constexpr (set_is_chunk) {
-        if (At % GroupColumns == 0) leave(At / GroupColumns - 1, sum);
+        if constexpr (At % GroupColumns == 0) leave(constant<At / GroupColumns - 1>{}, sum);
       } else if constexpr (is_static) {
         if (!ends_stage) return;
         leave(group_ % 4, sum);
@@ -303,7 +415,6 @@ class part_product {
         leave(group_ % 4, sum);
         if (left_ > 0) return restart();
         next_group();
-        load_set();
         enter(group_ % 4);
       }
     }
@@ -312,17 +423,17 @@ class part_product {
     __device__ void next_group() {
       ++group_;
       left_ = columns_;
+      if (group_ % 4 == 0 && group_ < 4 * sets_) next_set();
     }
-    /// When the group is the first one of another set.
-    __device__ void load_set() {
-      if (group_ % 4 != 0 || left_ != columns_ || group_ >= 4 * sets_) return;
-      for (auto& p : params_) {
-        p.load_next();
-        p.advance();
-      }
+    /// Takes the set of group_, and asks for the one behind it.
+    __device__ void next_set() {
+      for (auto& p : params_) p.advance();
+      if (group_ / 4 + 1 >= sets_) return;
+      for (auto& p : params_) p.load_next();
     }
     /// @param group in its set
-    __device__ void enter(int group) {
+    template <class Group>
+    __device__ void enter(Group group) {
       for (int r = 0; r < RowTiles; ++r) offsets_[r] = params_[r].offsets(group);
       if (!is_static) restart();  // else the first product does not add to anything
     }
@@ -334,13 +445,13 @@ class part_product {
     static __device__ void accumulate(float (&sum)[4], const std::uint32_t (&a)[4],
                                       std::uint32_t b0, std::uint32_t b1) {
       if constexpr (First) {
-        constexpr float zero[4] = {};
-        arch::mma_16x8x16<scalar>(sum, a, b0, b1, zero);
+        arch::first_mma_16x8x16<scalar>(sum, a, b0, b1);
       } else {
         arch::mma_16x8x16<scalar>(sum, a, b0, b1);
       }
     }
-    __device__ void leave(int group, result& sum) const {
+    template <class Group>
+    __device__ void leave(Group group, result& sum) const {
       for (int r = 0; r < RowTiles; ++r) {
         const auto s = params_[r].scale(group);
         for (int t = 0; t < TokenTiles; ++t) {
@@ -363,7 +474,6 @@ class part_product {
 
     int columns_;
     int sets_;
-    int first_;
     int group_;
     int left_;  // columns that the group still has
     group_scales<format> params_[RowTiles];
@@ -374,7 +484,7 @@ class part_product {
 
   /// ceil(a / b) in 32 bits.
   static __device__ constexpr int ceil_quotient(index_t a, index_t b) {
-    return static_cast<int>(quotient(a + b - 1, b));
+    return static_cast<int>(quotient(static_cast<int>(a) + static_cast<int>(b) - 1, b));
   }
 
   const View& w_;
