@@ -95,8 +95,8 @@ class part_product {
     if (part < parts.dense) {
       const int last_part = min(end, parts.dense);
       const int first = part * parts.dense_columns;
-      const int last =
-          min(last_part * parts.dense_columns, static_cast<int>(w_.dense_columns()));
+      const int last = arch::kept(
+          min(last_part * parts.dense_columns, static_cast<int>(w_.dense_columns())));
       int part_end = min(first + parts.dense_columns, last);
       result sum;
       auto x = x_of(dense_x + first);
