@@ -12,5 +12,6 @@
 #include "qeft/device/dequantize.cuh"
 #include "qeft/device/gather.cuh"
 #include "qeft/device/gemm.cuh"
+#include "qeft/device/gemm_layers.cuh"
 #include "qeft/device/repack.cuh"
 #include "qeft/qeft.hpp"

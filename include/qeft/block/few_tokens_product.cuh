@@ -18,7 +18,8 @@ struct few_tokens_x {
 
 /// The product of RowTiles x 16 rows of a layer over layout::fragment with up to 8 * TokenTiles
 /// tokens. Its warps take the parts of the columns; the sums of the parts meet in shared memory,
-/// where they are added in their order.
+/// where they are added in their order. Products of several layers of the same shape and
+/// activations can be kept side by side.
 ///
 ///     const product p(shared, parts, parts_each);  // all threads of the block
 ///     p.multiply(w, row_tile, x);
@@ -45,27 +46,34 @@ class few_tokens_product {
     float of[rows_together];
   };
 
-  /// Shared memory of a block, 16-byte aligned. @param parts their number
-  QEFT_HOST_DEVICE static constexpr int shared_bytes(int parts, int warps) noexcept {
-    return parts * static_cast<int>(places * sizeof(values)) + warps * activations::shared_bytes;
+  /// Shared memory of a block, 16-byte aligned.
+  /// @param parts    their number  @param products that are kept
+  QEFT_HOST_DEVICE static constexpr int shared_bytes(int parts, int warps,
+                                                     int products = 1) noexcept {
+    return products * parts * static_cast<int>(places * sizeof(values)) +
+           warps * activations::shared_bytes;
   }
 
   /// @param shared     shared_bytes that nobody else uses as long as this does
   /// @param parts      tuning::make_parts of the layer
-  /// @param parts_each what tuning::plan_warps says; so many of a row a warp takes
-  __device__ few_tokens_product(void* shared, const tuning::parts& parts, int parts_each)
+  /// @param parts_each what tuning::plan_warps says; so many in a row a warp takes
+  /// @param products   that are kept
+  __device__ few_tokens_product(void* shared, const tuning::parts& parts, int parts_each,
+                                int products = 1)
       : parts_(parts),
         parts_each_(parts_each),
         sums_(static_cast<values*>(shared)),
         // From one lane, so that the compiler knows it to be the same in all.
         warp_(static_cast<int>(arch::from_lane<32>(threadIdx.x / 32U, 0))),
-        staged_(static_cast<char*>(shared) + shared_bytes(parts.count(), warp_)) {}
+        staged_(static_cast<char*>(shared) + shared_bytes(parts.count(), warp_, products)) {}
 
   /// Multiplies rows from 16 * row_tile on; those behind the last one are anything. All threads of
   /// the block take part; once they have met at a barrier, `sums` has the results.
-  __device__ void multiply(const View& w, int row_tile, const few_tokens_x<scalar>& x) const {
+  /// @param which of the products that are kept, from 0 on
+  __device__ void multiply(const View& w, int row_tile, const few_tokens_x<scalar>& x,
+                           int which = 0) const {
     const int part = warp_ * parts_each_;
-    values* to = sums_ + static_cast<unsigned>(part) * places + threadIdx.x % 32U;
+    values* to = first_sum(which) + static_cast<unsigned>(part) * places + threadIdx.x % 32U;
     warp_product(w, row_tile)
         .for_each_part(
             parts_, part, min(part + parts_each_, parts_.count()), x.dense, x.weak,
@@ -87,9 +95,9 @@ class few_tokens_product {
     return static_cast<int>(at % 32U / 4U) + 8 * i;
   }
   /// The results of place `at`, with which any thread may go on.
-  __device__ values sums(unsigned at) const {
+  __device__ values sums(unsigned at, int which = 0) const {
     values sum = {};
-    const values* from = sums_ + at;
+    const values* from = first_sum(which) + at;
     for (int part = 0; part < parts_.count(); ++part, from += places) {
       const values of_part = *from;
       for (int i = 0; i < rows_together; ++i) sum.of[i] += of_part.of[i];
@@ -98,6 +106,9 @@ class few_tokens_product {
   }
 
  private:
+  __device__ values* first_sum(int which) const {
+    return sums_ + static_cast<unsigned>(which * parts_.count()) * places;
+  }
   static __device__ void put(values* to, const typename warp_product::result& sum) {
     for (int t = 0; t < TokenTiles; ++t) {
       for (int i = 0; i < 2; ++i) {
@@ -110,7 +121,7 @@ class few_tokens_product {
 
   tuning::parts parts_;
   int parts_each_;
-  values* sums_;  // (parts, places)
+  values* sums_;  // (products, parts, places)
   int warp_;
   char* staged_;  // activations of this warp
 };

@@ -106,6 +106,12 @@ inline status check_workspace(const char* function, const on_stream& exec, index
                      " with an alignment of 256 (workspace_bytes)"));
 }
 
+/// @param major first number of a device's compute capability
+inline status check_capability(const char* function, int major) {
+  if (major >= 8) return {};
+  return {errc::unsupported,
+          text(function, ": the device has compute capability ", major, ".x, but 8.0 is needed")};
+}
 /// The current device.
 inline status check_capability(const char* function) {
   int major = 0;
@@ -113,9 +119,7 @@ inline status check_capability(const char* function) {
       !s.ok()) {
     return s;
   }
-  if (major >= 8) return {};
-  return {errc::unsupported,
-          text(function, ": the device has compute capability ", major, ".x, but 8.0 is needed")};
+  return check_capability(function, major);
 }
 
 /// body(view) with the typed view of a matrix, which must be of X's type and one of Formats.

@@ -54,22 +54,47 @@ constexpr int most_shared_bytes() noexcept {
   return most;
 }
 
-template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue>
+/// What the kernel of several layers takes; of[i] is of layer i, or any behind the last one.
+template <class View, class Y, class Epilogue, int Layers, int... Index>
+kernel::few_tokens_layers<View, Y, Epilogue> in_one_launch(
+    const kernel::few_tokens_args<View, Y, Epilogue> (&layers)[Layers], index_t rows,
+    std::integer_sequence<int, Index...>) {
+  return {{layers[Index < Layers ? Index : 0]...},
+          {(Index < Layers
+                ? static_cast<int>(ceil_div(layers[Index < Layers ? Index : 0].w.out_channels, rows))
+                : 0)...}};
+}
+
+/// One launch for layers of the same IC, k and group size.
+template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue,
+          int Layers>
 status launch_few(cudaStream_t stream, int multiprocessors,
-                  kernel::few_tokens_args<View, Y, Epilogue> args) {
+                  kernel::few_tokens_args<View, Y, Epilogue> (&layers)[Layers]) {
   using product = block::few_tokens_product<View, RowTiles, TokenTiles, GroupColumns>;
-  const auto k = kernel::few_tokens<RowTiles, TokenTiles, GroupColumns, View, Y, Epilogue>;
   constexpr int most_shared = most_shared_bytes<product>();
   static_assert(most_shared <= 99 * 1024, "more than a device of compute capability 8.6 has");
-  if (status s = allow_shared("gemm", k, most_shared); !s.ok()) return s;
-  const index_t row_blocks = ceil_div(args.w.out_channels, product::rows);
-  const index_t token_blocks = ceil_div(args.tokens, product::most_tokens);
+  index_t row_blocks = 0;
+  for (const auto& layer : layers) row_blocks += ceil_div(layer.w.out_channels, product::rows);
+  const index_t token_blocks = ceil_div(layers[0].tokens, product::most_tokens);
+  const int parts = layers[0].parts.count();
   const tuning::warp_plan plan =
-      tuning::plan_warps(args.parts.count(), row_blocks * token_blocks, multiprocessors);
-  args.parts_each = plan.parts_each;
-  const dim3 grid(static_cast<unsigned>(row_blocks), static_cast<unsigned>(token_blocks));
-  return launch_kernel("gemm: the launch", k, grid, static_cast<unsigned>(32 * plan.warps),
-                       product::shared_bytes(args.parts.count(), plan.warps), stream, args);
+      tuning::plan_warps(parts, row_blocks * token_blocks, multiprocessors);
+  for (auto& layer : layers) layer.parts_each = plan.parts_each;
+  const auto start = [&](auto* k, const auto& args) {
+    if (status s = allow_shared("gemm", k, most_shared); !s.ok()) return s;
+    const dim3 grid(static_cast<unsigned>(row_blocks), static_cast<unsigned>(token_blocks));
+    return launch_kernel("gemm: the launch", k, grid, static_cast<unsigned>(32 * plan.warps),
+                         product::shared_bytes(parts, plan.warps), stream, args);
+  };
+  if constexpr (Layers == 1) {
+    return start(kernel::few_tokens<RowTiles, TokenTiles, GroupColumns, View, Y, Epilogue>,
+                 layers[0]);
+  } else {
+    return start(
+        kernel::few_tokens_of_layers<RowTiles, TokenTiles, GroupColumns, View, Y, Epilogue>,
+        in_one_launch(layers, product::rows,
+                      std::make_integer_sequence<int, kernel::most_layers>{}));
+  }
 }
 
 template <class View, class X, class Y, class Epilogue>
@@ -82,25 +107,53 @@ status launch_any(cudaStream_t stream, const View& w, const X* x, index_t tokens
                        32 * rows, 0, stream, w, x, y, epilogue);
 }
 
-template <class View, class Y, class Epilogue>
-status launch_few(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Epilogue>& args) {
+template <class View, class Y, class Epilogue, int Layers>
+status launch_few(cudaStream_t stream,
+                  kernel::few_tokens_args<View, Y, Epilogue> (&layers)[Layers]) {
   int multiprocessors = 0;
   if (status s = qeft::detail::device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount);
       !s.ok()) {
     return s;
   }
   const auto with_tiles = [&](auto row_tiles, auto token_tiles) {
-    return with_group_columns(args.w, [&](auto group_columns) {
-      return launch_few<row_tiles, token_tiles, group_columns>(stream, multiprocessors, args);
+    return with_group_columns(layers[0].w, [&](auto group_columns) {
+      return launch_few<row_tiles, token_tiles, group_columns>(stream, multiprocessors, layers);
     });
   };
+  index_t tiles = 0;
+  for (const auto& layer : layers) tiles += layout::fragment::row_tiles(layer.w.extent());
   const auto with_rows = [&](auto token_tiles) {
-    const index_t tiles = layout::fragment::row_tiles(args.w.extent());
     return tuning::row_tiles_for(tiles, multiprocessors) == 2
                ? with_tiles(constant<2>{}, token_tiles)
                : with_tiles(constant<1>{}, token_tiles);
   };
-  return args.tokens <= 8 ? with_rows(constant<1>{}) : with_rows(constant<2>{});
+  return layers[0].tokens <= 8 ? with_rows(constant<1>{}) : with_rows(constant<2>{});
+}
+
+/// Puts activations in order, at `to`.
+template <class View, class X>
+status launch_gather(cudaStream_t stream, const View& w, const activation_plan& plan, const X* x,
+                     index_t tokens, X* to) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(w.in_channels, 256)),
+                  static_cast<unsigned>(ceil_div(tokens, kernel::gather_tokens)));
+  return launch_kernel("gemm: the launch of gather", kernel::gather<typename View::weak_type, X>,
+                       grid, 256, 0, stream, w.weak, x, tokens, w.in_channels, to, plan.stride,
+                       plan.weak_at);
+}
+
+/// @param x in the order of `plan`
+template <class View, class X, class Y, class Epilogue>
+auto few_args(const View& w, const activation_plan& plan, const X* x, index_t tokens, Y* y,
+              const Epilogue& epilogue) {
+  return kernel::few_tokens_args<decltype(as_tail(w)), Y, Epilogue>{as_tail(w),
+                                                                    x,
+                                                                    x + plan.weak_at,
+                                                                    static_cast<int>(plan.stride),
+                                                                    static_cast<int>(tokens),
+                                                                    y,
+                                                                    epilogue,
+                                                                    parts_of(w),
+                                                                    1};
 }
 
 /// Puts activations in order where that is needed, and picks the kernel. @pre supports_gemm
@@ -110,27 +163,13 @@ status launch(const on_stream& exec, const View& w, const X* x, index_t tokens, 
   const activation_plan plan = plan_activations(w, x);
   if (plan.gathered) {
     auto* to = reinterpret_cast<X*>(exec.workspace.data());
-    const dim3 grid(static_cast<unsigned>(ceil_div(w.in_channels, 256)),
-                    static_cast<unsigned>(ceil_div(tokens, kernel::gather_tokens)));
-    if (status s = launch_kernel(
-            "gemm: the launch of gather", kernel::gather<typename View::weak_type, X>, grid, 256, 0,
-            exec.stream, w.weak, x, tokens, w.in_channels, to, plan.stride, plan.weak_at);
-        !s.ok()) {
-      return s;
-    }
+    if (status s = launch_gather(exec.stream, w, plan, x, tokens, to); !s.ok()) return s;
     x = to;
   }
-  using view = decltype(as_tail(w));
-  const kernel::few_tokens_args<view, Y, Epilogue> args{as_tail(w),
-                                                        x,
-                                                        x + plan.weak_at,
-                                                        static_cast<int>(plan.stride),
-                                                        static_cast<int>(tokens),
-                                                        y,
-                                                        epilogue,
-                                                        parts_of(w),
-                                                        1};
-  if (tokens < tuning::many_tokens_from) return launch_few(exec.stream, args);
+  kernel::few_tokens_args<decltype(as_tail(w)), Y, Epilogue> layers[] = {
+      few_args(w, plan, x, tokens, y, epilogue)};
+  if (tokens < tuning::many_tokens_from) return launch_few(exec.stream, layers);
+  const auto& args = layers[0];
   if (suits_many_tokens_sm90(args)) return launch_many_tokens_sm90(exec.stream, args);
   std::byte* const behind = exec.workspace.data() + gathered_bytes(plan, tokens);
   const bool by_parts = part_sums_bytes(args.parts, w.out_channels, tokens) > 0;

@@ -21,10 +21,10 @@ struct few_tokens_args {
   int parts_each;  // that a warp takes
 };
 
-/// A block takes RowTiles x 16 rows (blockIdx.x) and 8 * TokenTiles tokens (blockIdx.y).
+/// Rows row_block * RowTiles * 16 and on, and 8 * TokenTiles tokens (blockIdx.y). Ends a kernel: all
+/// threads of a block take part.
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue>
-__global__ void __launch_bounds__(32 * tuning::most_few_tokens_warps, 1)
-    few_tokens(const __grid_constant__ few_tokens_args<View, Y, Epilogue> args) {
+__device__ void few_tokens_block(const few_tokens_args<View, Y, Epilogue>& args, int row_block) {
   using product = block::few_tokens_product<View, RowTiles, TokenTiles, GroupColumns>;
   extern __shared__ uint4 shared[];
 
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(32 * tuning::most_few_tokens_warps, 1)
   const int tokens = min(args.tokens - first_token, product::most_tokens);
   const index_t x_at = index_t{first_token} * index_t{args.stride};
   const product of(shared, args.parts, args.parts_each);
-  of.multiply(args.w, static_cast<int>(blockIdx.x) * RowTiles,
+  of.multiply(args.w, row_block * RowTiles,
               {args.dense_x + x_at, args.weak_x + x_at, args.stride, tokens});
   __syncthreads();
 
@@ -43,12 +43,38 @@ __global__ void __launch_bounds__(32 * tuning::most_few_tokens_warps, 1)
     const int token = first_token + product::token(at);
     Y* const y = args.y + index_t{token} * index_t{out_channels};
     for (int i = 0; i < product::rows_together; ++i) {
-      const int channel = static_cast<int>(blockIdx.x) * product::rows + product::row(at, i);
+      const int channel = row_block * product::rows + product::row(at, i);
       if (channel >= out_channels) continue;
       y[epilogue::destination(args.epilogue, channel)] =
           from_float<Y>(args.epilogue(sums.of[i], token, channel));
     }
   }
+}
+
+/// One layer, of which blockIdx.x counts the blocks of rows.
+template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue>
+__global__ void __launch_bounds__(32 * tuning::most_few_tokens_warps, 1)
+    few_tokens(const __grid_constant__ few_tokens_args<View, Y, Epilogue> args) {
+  few_tokens_block<RowTiles, TokenTiles, GroupColumns>(args, static_cast<int>(blockIdx.x));
+}
+
+/// Layers that share a launch, at most.
+inline constexpr int most_layers = 4;
+
+template <class View, class Y, class Epilogue>
+struct few_tokens_layers {
+  few_tokens_args<View, Y, Epilogue> of[most_layers];
+  int row_blocks[most_layers];  // of each layer; behind the last one 0
+};
+
+/// Several layers, whose blocks of rows follow each other in blockIdx.x.
+template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue>
+__global__ void __launch_bounds__(32 * tuning::most_few_tokens_warps, 1)
+    few_tokens_of_layers(const __grid_constant__ few_tokens_layers<View, Y, Epilogue> args) {
+  int block = static_cast<int>(blockIdx.x);
+  int layer = 0;
+  while (block >= args.row_blocks[layer]) block -= args.row_blocks[layer++];
+  few_tokens_block<RowTiles, TokenTiles, GroupColumns>(args.of[layer], block);
 }
 
 }  // namespace qeft::kernel

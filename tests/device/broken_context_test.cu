@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// What gemm says when an earlier kernel has broken the context: for good, so in a program of its own.
+#include "device/support.cuh"
+#include "qeft/qeft.cuh"
+
+namespace {
+
+using namespace qeft_test;
+using qeft::errc;
+
+__global__ void break_context() { __trap(); }
+
+}  // namespace
+
+int main() {
+  if (!has_device()) return 77;
+  const qeft::quantized_matrix<qeft::layout::fragment, qeft::device_memory> w(
+      layer_of(40, 512, 16).d);
+  const device_array<qeft::half_bits> x(512);
+  const device_array<float> y(40);
+  break_context<<<1, 1>>>();
+  const cudaError_t broken = cudaDeviceSynchronize();
+  check(broken != cudaSuccess, "the context is broken");
+  const qeft::status s = gemv(qeft::on_stream{}, w, x.data(), y.data());
+  check_refused(s, errc::device_error, cudaGetErrorString(broken));
+  check(cudaDeviceSynchronize() == broken, "the error is still there");
+  std::printf("'%s', %d failures\n", s.message().c_str(), failures);
+  std::fflush(stdout);
+  std::_Exit(failures == 0 ? 0 : 1);  // nothing can be freed any more
+}

@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0
+// How gemm is launched: types of outputs, epilogues, streams and graphs, several layers at once, and
+// what is refused.
+#include "device/support.cuh"
+#include "qeft/qeft.cuh"
+
+namespace {
+
+using namespace qeft_test;
+using qeft::errc;
+using qeft::index_t;
+using qeft::layer_output;
+using qeft::on_stream;
+using qeft::quant_format;
+using qeft::layout::fragment;
+
+/// y of the first `tokens` tokens.
+template <class Y, class Format, class Scalar, class Epilogue = qeft::epilogue::none>
+std::vector<Y> product(const qeft::quantized_matrix<fragment, qeft::device_memory>& w,
+                       const device_array<Scalar>& x, index_t tokens, const Epilogue& epilogue = {},
+                       cudaStream_t stream = nullptr) {
+  const qeft::matrix_descriptor& d = w.descriptor();
+  device_array<Y> y(tokens * d.out_channels);
+  qeft::visit_weak(d, w.weak_index().data(), [&](auto weak) {
+    const auto view = w.template view<Format>(weak);
+    device_array<std::byte> space(workspace_bytes(on_stream{}, view, x.data(), tokens));
+    const on_stream exec{stream, {space.data(), space.size()}};
+    const qeft::status s = gemm(exec, view, x.data(), tokens, y.data(), epilogue);
+    if (!s.ok()) fail(describe(d) + ": " + s.message());
+    check(cudaDeviceSynchronize(), "gemm");
+  });
+  return to_host(y);
+}
+
+/// Adds twice what the output already has, and reverses the channels.
+struct user_epilogue {
+  const float* old;
+  index_t out_channels;
+  QEFT_HOST_DEVICE float operator()(float value, index_t token, index_t channel) const {
+    return value + 2 * old[token * out_channels + channel];
+  }
+  QEFT_HOST_DEVICE index_t destination(index_t channel) const { return out_channels - 1 - channel; }
+};
+
+void check_outputs() {
+  const auto layer = layer_of(77, 520, 16);
+  const qeft::quantized_matrix<fragment, qeft::device_memory> w(pack<fragment>(layer));
+  random_source random(2);
+  const auto x = random_activations<qeft::half_bits>(random, 3 * 520);
+  const auto device_x = to_device(x);
+  const auto y = product<float, quant_format<4>>(w, device_x, 3);
+  check(error_of(layer, x, y) <= 1, "floats");
+  check(error_of(layer, x, product<qeft::half_bits, quant_format<4>>(w, device_x, 3)) <= 1, "f16");
+  check(error_of(layer, x, product<qeft::bf16_bits, quant_format<4>>(w, device_x, 3)) <= 1, "bf16");
+
+  const auto old = to_device(y);
+  const auto z = product<float, quant_format<4>>(w, device_x, 3, user_epilogue{old.data(), 77});
+  for (std::size_t i = 0; i < z.size(); ++i) {
+    const std::size_t from = i / 77 * 77 + 76 - i % 77;
+    if (z[i] != y[from] + 2 * y[from]) return fail("an epilogue of the user's");
+  }
+
+  // gemv, and formats known at run time.
+  device_array<float> one(77);
+  const on_stream plain;
+  check(supports_gemm(plain, w, device_x.data(), 1, one.data()).ok(), "supports_gemm");
+  check(workspace_bytes(plain, w, device_x.data(), 1) == 0, "workspace_bytes");
+  check(gemv(plain, w, device_x.data(), one.data()).ok(), "gemv");
+  check(cudaDeviceSynchronize(), "gemv");
+  check(same_start(to_host(one), y), "gemv is gemm of one token");
+  const auto view = w.view<quant_format<4>>(qeft::weak_tail<>{{16}});
+  check(gemv(plain, view, device_x.data() + 520, one.data()).ok(), "gemv of a view");
+  check(cudaDeviceSynchronize(), "gemv of a view");
+  const auto second = to_host(one);
+  check(std::memcmp(second.data(), y.data() + 77, 77 * sizeof(float)) == 0, "gemv of a view");
+
+  // The same bits on another stream and in a graph.
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreate(&stream), "cudaStreamCreate");
+  check(same_start(product<float, quant_format<4>>(w, device_x, 3, {}, stream), y), "a stream");
+  device_array<float> replayed(3 * 77);
+  // From an address at which activations have to be gathered first.
+  std::vector<qeft::half_bits> moved(1);
+  moved.insert(moved.end(), x.begin(), x.end());
+  const auto askew = to_device(moved);
+  device_array<std::byte> space(workspace_bytes(plain, w, askew.data() + 1, 3));
+  check(space.size() > 0, "x that is not aligned needs a workspace");
+  const on_stream captured{stream, {space.data(), space.size()}};
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
+  check(gemm(captured, w, askew.data() + 1, 3, replayed.data()).ok(), "a capture");
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamEndCapture(stream, &graph), "capture");
+  cudaGraphExec_t executable = nullptr;
+  check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
+  check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
+  check(cudaStreamSynchronize(stream), "a graph");
+  check(to_host(replayed) == y, "a graph");
+  check(cudaGraphExecDestroy(executable), "cudaGraphExecDestroy");
+  check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+  check(cudaStreamDestroy(stream), "cudaStreamDestroy");
+}
+
+void check_refusals() {
+  const auto layer = layer_of(40, 300, 16);
+  const qeft::quantized_matrix<fragment, qeft::device_memory> w(pack<fragment>(layer));
+  device_array<qeft::half_bits> x(2 * 300);
+  device_array<float> y(2 * 40);
+  const auto view = w.view<quant_format<4>>(qeft::weak_tail<>{{16}});
+  const index_t bytes = workspace_bytes(on_stream{}, view, x.data(), 2);
+  check(bytes > 0, "IC = 300 needs a workspace");
+  device_array<std::byte> space(bytes);
+  const on_stream exec{nullptr, {space.data(), bytes}};
+  check(gemm(exec, view, x.data(), 2, y.data()).ok(), "what is refused otherwise");
+  check(gemm(exec, w, x.data(), 0, static_cast<float*>(nullptr)).ok(), "no tokens");
+
+  // An error of the caller's from before is neither ours nor swallowed.
+  void* too_much = nullptr;
+  check(cudaMalloc(&too_much, std::size_t{1} << 50) != cudaSuccess, "2^50 bytes");
+  check(gemm(exec, view, x.data(), 2, y.data()).ok(), "an error from before");
+  check(cudaGetLastError() != cudaSuccess, "an error from before is left");
+
+  check(cudaMemset(y.data(), 0x55, 2 * 40 * sizeof(float)), "cudaMemset");
+  const auto untouched = to_host(y);
+  const on_stream nowhere{nullptr, {static_cast<std::byte*>(nullptr), bytes}};
+  check_refused(gemm(nowhere, view, x.data(), 2, y.data()), errc::invalid_argument, "workspace");
+  const on_stream small{nullptr, {space.data(), bytes - 1}};
+  check_refused(gemm(small, view, x.data(), 2, y.data()), errc::invalid_argument, "workspace");
+  const on_stream askew{nullptr, {space.data() + 16, bytes}};
+  check_refused(gemm(askew, view, x.data(), 2, y.data()), errc::invalid_argument, "alignment");
+  check_refused(gemm(exec, view, x.data(), -1, y.data()), errc::invalid_argument, "tokens is -1");
+  const qeft::half_bits* no_x = nullptr;
+  check_refused(gemm(exec, view, no_x, 2, y.data()), errc::invalid_argument, "x is null");
+  check_refused(gemm(exec, view, x.data(), 2, static_cast<float*>(nullptr)), errc::invalid_argument,
+                "y is null");
+  auto broken = view;
+  broken.codes += 1;
+  check_refused(gemm(exec, broken, x.data(), 2, y.data()), errc::invalid_argument, "codes");
+  broken = view;
+  broken.weak_values = nullptr;
+  check_refused(gemm(exec, broken, x.data(), 2, y.data()), errc::invalid_argument, "weak_values");
+  broken = view;
+  broken.groups = 2;
+  check_refused(gemm(exec, broken, x.data(), 2, y.data()), errc::invalid_argument, "groups = 2");
+  broken = view;
+  broken.weak.k = 301;
+  check_refused(gemm(exec, broken, x.data(), 2, y.data()), errc::invalid_argument, "301");
+
+  check_refused(qeft::device::detail::check_capability("gemm", 7), errc::unsupported,
+                "compute capability 7.x");
+  device_array<qeft::bf16_bits> other(2 * 300);
+  check_refused(gemm(exec, w, other.data(), 2, y.data()), errc::unsupported, "x is bf16");
+  const qeft::quantized_matrix<fragment, qeft::device_memory> empty;
+  check_refused(gemm(exec, empty, x.data(), 2, y.data()), errc::invalid_argument, "");
+  qeft::matrix_descriptor eight = layer.d;
+  eight.bits = 8;
+  const qeft::quantized_matrix<fragment, qeft::device_memory> not_built_in(eight);
+  check_refused(gemm(exec, not_built_in, x.data(), 2, y.data()), errc::unsupported, "built in are");
+  check(cudaGetLastError() == cudaSuccess, "a refusal leaves no error behind");
+  check(cudaDeviceSynchronize(), "refusals");
+  check(to_host(y) == untouched, "a refusal writes nothing");
+}
+
+using owner = qeft::quantized_matrix<fragment, qeft::device_memory>;
+
+plain_layer random_like(random_source& random, const qeft::matrix_descriptor& like) {
+  qeft::matrix_descriptor d = like;
+  d.out_channels = random.integer(1, random.chance(20) ? 2000 : 200);
+  return random_layer(d, random);
+}
+
+/// Several layers in one launch against one after the other.
+void compare_layers(int count) {
+  for (int i = 0; i < count; ++i) {
+    random_source random(static_cast<std::uint64_t>(i));
+    qeft::matrix_descriptor d;
+    d.bits = random.chance(50) ? 4 : 3;
+    d.in_channels = random.integer(1, 700);
+    d.group_size = random.chance(50) ? 128 : 64;
+    const qeft::weak_kind kinds[] = {qeft::weak_kind::none, qeft::weak_kind::tail,
+                                     qeft::weak_kind::indexed, qeft::weak_kind::per_head};
+    d.weak = kinds[random.integer(0, 3)];
+    if (d.weak == qeft::weak_kind::per_head) {
+      d.heads = 4;
+      d.in_channels = qeft::round_up(d.in_channels, 4);
+      d.weak_columns = 4 * random.integer(0, d.in_channels / 4);
+    } else if (d.weak != qeft::weak_kind::none) {
+      d.weak_columns = random.integer(0, d.in_channels);
+    }
+    const plain_layer plain[] = {random_like(random, d), random_like(random, d),
+                                 random_like(random, d)};
+    const owner q(pack<fragment>(plain[0]));
+    const owner k(pack<fragment>(plain[1]));
+    const owner v(pack<fragment>(plain[2]));
+    const index_t tokens = random.integer(1, 20);
+    const auto x = to_device(random_activations<qeft::half_bits>(random, tokens * d.in_channels));
+    const auto array_of = [&](const plain_layer& l) {
+      return device_array<float>(tokens * l.d.out_channels);
+    };
+    const auto alone = [&](const owner& w, const plain_layer& l) {
+      auto y = array_of(l);
+      device_array<std::byte> space(workspace_bytes(on_stream{}, w, x.data(), tokens));
+      const on_stream exec{nullptr, {space.data(), space.size()}};
+      const qeft::status s = gemm(exec, w, x.data(), tokens, y.data());
+      if (!s.ok()) fail(describe(l.d) + ": " + s.message());
+      return to_host(y);
+    };
+    device_array<float> y[] = {array_of(plain[0]), array_of(plain[1]), array_of(plain[2])};
+    const layer_output<owner, float> layers[] = {
+        {q, y[0].data()}, {k, y[1].data()}, {v, y[2].data()}};
+    device_array<std::byte> space(workspace_bytes(on_stream{}, layers, x.data(), tokens));
+    const on_stream exec{nullptr, {space.data(), space.size()}};
+    check(supports_gemm(exec, layers, x.data(), tokens).ok(), "supports_gemm of layers");
+    const qeft::status s = gemm(exec, layers, x.data(), tokens);
+    if (!s.ok()) fail(describe(d) + ": " + s.message());
+    if (to_host(y[0]) != alone(q, plain[0]) || to_host(y[1]) != alone(k, plain[1]) ||
+        to_host(y[2]) != alone(v, plain[2])) {
+      fail(describe(d) + ": other bits with other layers in the launch");
+    }
+  }
+}
+
+void check_layers_refused() {
+  const owner w(pack<fragment>(layer_of(40, 512, 16)));
+  const qeft::quantized_matrix<fragment, qeft::device_memory> none;
+  device_array<qeft::half_bits> x(2 * 512);
+  device_array<float> y(2 * 40);
+  device_array<float> z(2 * 40);
+  const auto refused = [&](const owner& other, errc code, const char* word) {
+    check_refused(gemm(on_stream{}, {layer_output{w, y.data()}, layer_output{other, z.data()}},
+                       x.data(), 2),
+                  code, word);
+  };
+  const auto like = [](index_t ic, index_t k, index_t group, int bits) {
+    return owner(pack<fragment>(layer_of(24, ic, k, group, bits)));
+  };
+  refused(like(520, 16, 128, 4), errc::invalid_argument, "in_channels = 520");
+  refused(like(512, 32, 128, 4), errc::invalid_argument, "k = 32");
+  refused(like(512, 16, 64, 4), errc::invalid_argument, "columns_per_group = 64");
+  refused(like(512, 16, 128, 3), errc::invalid_argument, "number of bits");
+  refused(none, errc::invalid_argument, "");
+  qeft::matrix_descriptor head = layer_of(24, 512, 16).d;
+  head.weak = qeft::weak_kind::per_head;
+  refused(owner(head), errc::invalid_argument, "placement");
+  check_refused(gemm(on_stream{}, {layer_output{w, y.data()}, layer_output{w, static_cast<float*>(nullptr)}}, x.data(), 2),
+                errc::invalid_argument, "y is null");
+  check(cudaDeviceSynchronize(), "refusals");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (!has_device()) return 77;
+  check_outputs();
+  check_refusals();
+  check_layers_refused();
+  const int count = argc > 1 ? std::atoi(argv[1]) : 60;
+  compare_layers(count);
+  std::printf("%d sets of layers, %d failures\n", count, failures);
+  return failures == 0 ? 0 : 1;
+}
