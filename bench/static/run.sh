@@ -20,38 +20,43 @@ oc=4096 ic=4096 group=128 k=128
 "$nvcc" -std=c++17 -gencode arch=compute_80,code=compute_80 -cudart shared --compress-mode=none \
   -I"$root/include" -o "$scratch/probe" "$root/bench/static/probe.cu"
 
-echo "Executed, $oc x $ic, g = $group, k = $k, FP16 (compute capability 8.0):"
+echo "Executed, $oc x $ic, g = $group, k = $k, FP16, on a device of each compute capability:"
 echo
-echo "| bits | tokens | warp instructions per 32 weights | unique bytes : layer | bytes requested : layer | sector efficiency | bank conflicts, loads |"
-echo "|---|---|---|---|---|---|---|"
-for bits in 4 3; do
-  for tokens in 1 8 16; do
-    layer=$(CUDASIM_CC=80 CUDASIM_STATS=$scratch/stats "$sim/bin/cudasim" run "$scratch/probe" \
-      $oc $ic $bits $group $k $tokens)
-    python3 - "$scratch/stats" $bits $tokens "$layer" $((oc * ic)) <<'P'
+echo "| capability | bits | tokens | warps of a block | warp instructions per 32 weights | unique bytes : layer | bytes requested : layer | sector efficiency | bank conflicts, loads |"
+echo "|---|---|---|---|---|---|---|---|---|"
+for cc in 80 90; do
+  for bits in 4 3; do
+    for tokens in 1 8 16; do
+      layer=$(CUDASIM_CC=$cc CUDASIM_STATS=$scratch/stats "$sim/bin/cudasim" run "$scratch/probe" \
+        $oc $ic $bits $group $k $tokens)
+      python3 - "$scratch/stats" $cc $bits $tokens "$layer" $((oc * ic)) <<'P'
 import json, sys
-path, bits, tokens, layer, weights = sys.argv[1], *map(int, sys.argv[2:])
+path, cc, bits, tokens, layer, weights = sys.argv[1], *map(int, sys.argv[2:])
 for line in open(path):
     j = json.loads(line)
     if "few_tokens" not in j["kernel"]:
         continue
     g, s = j["global_load"], j["shared_load"]
-    print(f"| {bits} | {tokens} | {j['warp_instructions'] / (weights / 32):.2f} "
+    print(f"| {cc / 10} | {bits} | {tokens} | {j['block'][0] // 32} "
+          f"| {j['warp_instructions'] / (weights / 32):.2f} "
           f"| {g['unique_bytes'] / layer:.3f} | {g['bytes'] / layer:.2f} "
           f"| {g['sector_efficiency']:.2f} | {s['wavefronts'] - s['ideal_wavefronts']} |")
 P
-    rm -f "$scratch/stats"
+      rm -f "$scratch/stats"
+    done
   done
 done
 
 echo
-echo "Machine code of the main loop (g = $group):"
+echo "Machine code of the main loop (g = $group). In flight: what the warps of the least busy"
+echo "multiprocessor have asked for when they begin, of 4096 x 4096 where a warp takes 32 rows, and of"
+echo "1024 x 4096 where it takes 16:"
 echo
 echo "| architecture | bits | rows x tokens of a warp | registers | spills | thread instructions per 32 weights | bound by | compute : memory | in flight per SM, KiB |"
 echo "|---|---|---|---|---|---|---|---|---|"
 for arch in sm_80 sm_90a; do
   python3 "$QEFT_SASS_REPORT" "$root/tests/cuda/kernels.cu" --arch $arch --kernel "few_tokens.*, 128" \
-    --block 160 --dynamic-smem 50000 --json -- -std=c++17 -I "$root/include" >"$scratch/sass.json" 2>/dev/null
+    --block 160 --dynamic-smem 60672 --json -- -std=c++17 -I "$root/include" >"$scratch/sass.json" 2>/dev/null
   python3 - "$scratch/sass.json" $arch <<'P'
 import json, re, sys
 kernels = json.load(open(sys.argv[1]))
@@ -72,8 +77,12 @@ for k in kernels:
     bound = max(loop["pipe_cycles"], key=loop["pipe_cycles"].get)
     if loop["issue_cycles"] >= compute:
         bound = "issue"
-    tiles_ahead = 8 if bits == 4 else 4
-    in_flight = k["occupancy"]["warps"] * tiles_ahead * row_tiles * (512 if bits == 4 else 768) / 1024
+    # As tuning::plan_warps: eight parts of dense columns and one of weak ones.
+    blocks = (4096 if row_tiles == 2 else 1024) // (16 * row_tiles)
+    alone = blocks <= k["sms"]
+    side_by_side = 1 if alone else min(blocks // k["sms"], k["occupancy"]["blocks"])
+    dense = side_by_side * (8 if alone else 4) * (8 * 512 if bits == 4 else 4 * 768)
+    in_flight = (dense + side_by_side * 4 * 2 * 512) * row_tiles / 1024
     rows.append((bits, token_tiles, row_tiles,
                  f"| {sys.argv[2]} | {bits} | {16 * row_tiles} x {8 * token_tiles} | {k['registers']} "
                  f"| {k['spill_stores'] + k['spill_loads']} | {loop['instructions'] / (8 * row_tiles):.1f} "

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What gemm says when an earlier kernel has broken the context: for good, so in a program of its own.
+// What gemm says when an earlier kernel has broken the context. That lasts, so the test is a
+// program of its own.
 #include "device/support.cuh"
 #include "qeft/qeft.cuh"
 

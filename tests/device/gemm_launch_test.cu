@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How gemm is launched: types of outputs, epilogues, streams and graphs, several layers at once, and
-// what is refused.
+// How gemm is launched: types of outputs, epilogues, streams and graphs, several layers at once,
+// and what is refused.
 #include "device/support.cuh"
 #include "qeft/qeft.cuh"
 
@@ -13,6 +13,9 @@ using qeft::layer_output;
 using qeft::on_stream;
 using qeft::quant_format;
 using qeft::layout::fragment;
+
+/// Each format costs a set of kernels.
+using one_format = qeft::format_list<quant_format<4>>;
 
 /// y of the first `tokens` tokens.
 template <class Y, class Format, class Scalar, class Epilogue = qeft::epilogue::none>
@@ -63,9 +66,10 @@ void check_outputs() {
   // gemv, and formats known at run time.
   device_array<float> one(77);
   const on_stream plain;
-  check(supports_gemm(plain, w, device_x.data(), 1, one.data()).ok(), "supports_gemm");
-  check(workspace_bytes(plain, w, device_x.data(), 1) == 0, "workspace_bytes");
-  check(gemv(plain, w, device_x.data(), one.data()).ok(), "gemv");
+  check(qeft::supports_gemm<one_format>(plain, w, device_x.data(), 1, one.data()).ok(),
+        "supports_gemm");
+  check(qeft::workspace_bytes<one_format>(plain, w, device_x.data(), 1) == 0, "workspace_bytes");
+  check(qeft::gemv<one_format>(plain, w, device_x.data(), one.data()).ok(), "gemv");
   check(cudaDeviceSynchronize(), "gemv");
   check(same_start(to_host(one), y), "gemv is gemm of one token");
   const auto view = w.view<quant_format<4>>(qeft::weak_tail<>{{16}});
@@ -83,11 +87,12 @@ void check_outputs() {
   std::vector<qeft::half_bits> moved(1);
   moved.insert(moved.end(), x.begin(), x.end());
   const auto askew = to_device(moved);
-  device_array<std::byte> space(workspace_bytes(plain, w, askew.data() + 1, 3));
+  device_array<std::byte> space(qeft::workspace_bytes<one_format>(plain, w, askew.data() + 1, 3));
   check(space.size() > 0, "x that is not aligned needs a workspace");
   const on_stream captured{stream, {space.data(), space.size()}};
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
-  check(gemm(captured, w, askew.data() + 1, 3, replayed.data()).ok(), "a capture");
+  check(qeft::gemm<one_format>(captured, w, askew.data() + 1, 3, replayed.data()).ok(),
+        "a capture");
   cudaGraph_t graph = nullptr;
   check(cudaStreamEndCapture(stream, &graph), "capture");
   cudaGraphExec_t executable = nullptr;
@@ -111,7 +116,8 @@ void check_refusals() {
   device_array<std::byte> space(bytes);
   const on_stream exec{nullptr, {space.data(), bytes}};
   check(gemm(exec, view, x.data(), 2, y.data()).ok(), "what is refused otherwise");
-  check(gemm(exec, w, x.data(), 0, static_cast<float*>(nullptr)).ok(), "no tokens");
+  check(qeft::gemm<one_format>(exec, w, x.data(), 0, static_cast<float*>(nullptr)).ok(),
+        "no tokens");
 
   // An error of the caller's from before is neither ours nor swallowed.
   void* too_much = nullptr;
@@ -148,13 +154,16 @@ void check_refusals() {
   check_refused(qeft::device::detail::check_capability("gemm", 7), errc::unsupported,
                 "compute capability 7.x");
   device_array<qeft::bf16_bits> other(2 * 300);
-  check_refused(gemm(exec, w, other.data(), 2, y.data()), errc::unsupported, "x is bf16");
+  check_refused(qeft::gemm<one_format>(exec, w, other.data(), 2, y.data()), errc::unsupported,
+                "x is bf16");
   const qeft::quantized_matrix<fragment, qeft::device_memory> empty;
-  check_refused(gemm(exec, empty, x.data(), 2, y.data()), errc::invalid_argument, "");
+  check_refused(qeft::gemm<one_format>(exec, empty, x.data(), 2, y.data()), errc::invalid_argument,
+                "");
   qeft::matrix_descriptor eight = layer.d;
   eight.bits = 8;
   const qeft::quantized_matrix<fragment, qeft::device_memory> not_built_in(eight);
-  check_refused(gemm(exec, not_built_in, x.data(), 2, y.data()), errc::unsupported, "built in are");
+  check_refused(qeft::gemm<one_format>(exec, not_built_in, x.data(), 2, y.data()),
+                errc::unsupported, "built in are");
   check(cudaGetLastError() == cudaSuccess, "a refusal leaves no error behind");
   check(cudaDeviceSynchronize(), "refusals");
   check(to_host(y) == untouched, "a refusal writes nothing");
@@ -173,7 +182,6 @@ void compare_layers(int count) {
   for (int i = 0; i < count; ++i) {
     random_source random(static_cast<std::uint64_t>(i));
     qeft::matrix_descriptor d;
-    d.bits = random.chance(50) ? 4 : 3;
     d.in_channels = random.integer(1, 700);
     d.group_size = random.chance(50) ? 128 : 64;
     const qeft::weak_kind kinds[] = {qeft::weak_kind::none, qeft::weak_kind::tail,
@@ -198,19 +206,22 @@ void compare_layers(int count) {
     };
     const auto alone = [&](const owner& w, const plain_layer& l) {
       auto y = array_of(l);
-      device_array<std::byte> space(workspace_bytes(on_stream{}, w, x.data(), tokens));
+      device_array<std::byte> space(
+          qeft::workspace_bytes<one_format>(on_stream{}, w, x.data(), tokens));
       const on_stream exec{nullptr, {space.data(), space.size()}};
-      const qeft::status s = gemm(exec, w, x.data(), tokens, y.data());
+      const qeft::status s = qeft::gemm<one_format>(exec, w, x.data(), tokens, y.data());
       if (!s.ok()) fail(describe(l.d) + ": " + s.message());
       return to_host(y);
     };
     device_array<float> y[] = {array_of(plain[0]), array_of(plain[1]), array_of(plain[2])};
     const layer_output<owner, float> layers[] = {
         {q, y[0].data()}, {k, y[1].data()}, {v, y[2].data()}};
-    device_array<std::byte> space(workspace_bytes(on_stream{}, layers, x.data(), tokens));
+    device_array<std::byte> space(
+        qeft::workspace_bytes<one_format>(on_stream{}, layers, x.data(), tokens));
     const on_stream exec{nullptr, {space.data(), space.size()}};
-    check(supports_gemm(exec, layers, x.data(), tokens).ok(), "supports_gemm of layers");
-    const qeft::status s = gemm(exec, layers, x.data(), tokens);
+    check(qeft::supports_gemm<one_format>(exec, layers, x.data(), tokens).ok(),
+          "supports_gemm of layers");
+    const qeft::status s = qeft::gemm<one_format>(exec, layers, x.data(), tokens);
     if (!s.ok()) fail(describe(d) + ": " + s.message());
     if (to_host(y[0]) != alone(q, plain[0]) || to_host(y[1]) != alone(k, plain[1]) ||
         to_host(y[2]) != alone(v, plain[2])) {
@@ -226,9 +237,10 @@ void check_layers_refused() {
   device_array<float> y(2 * 40);
   device_array<float> z(2 * 40);
   const auto refused = [&](const owner& other, errc code, const char* word) {
-    check_refused(gemm(on_stream{}, {layer_output{w, y.data()}, layer_output{other, z.data()}},
-                       x.data(), 2),
-                  code, word);
+    check_refused(
+        qeft::gemm<one_format>(
+            on_stream{}, {layer_output{w, y.data()}, layer_output{other, z.data()}}, x.data(), 2),
+        code, word);
   };
   const auto like = [](index_t ic, index_t k, index_t group, int bits) {
     return owner(pack<fragment>(layer_of(24, ic, k, group, bits)));
@@ -241,8 +253,11 @@ void check_layers_refused() {
   qeft::matrix_descriptor head = layer_of(24, 512, 16).d;
   head.weak = qeft::weak_kind::per_head;
   refused(owner(head), errc::invalid_argument, "placement");
-  check_refused(gemm(on_stream{}, {layer_output{w, y.data()}, layer_output{w, static_cast<float*>(nullptr)}}, x.data(), 2),
-                errc::invalid_argument, "y is null");
+  check_refused(
+      qeft::gemm<one_format>(
+          on_stream{}, {layer_output{w, y.data()}, layer_output{w, static_cast<float*>(nullptr)}},
+          x.data(), 2),
+      errc::invalid_argument, "y is null");
   check(cudaDeviceSynchronize(), "refusals");
 }
 

@@ -67,8 +67,8 @@ int compare_random_layers(int count, std::uint64_t seed) {
   for (; ran < count; ++seed) {
     random_source random(seed);
     const auto layer = random_case(random, 40000);
-    const bool is_tested = if_tested<formats>(
-        layer, [&](auto format) { compare<decltype(format)>(layer, random); });
+    const bool is_tested =
+        if_tested<formats>(layer, [&](auto format) { compare<decltype(format)>(layer, random); });
     if (is_tested) ++ran;
   }
   return ran;

@@ -76,9 +76,10 @@ class activations {
 
   /// As in warp::activations, of this warp's tokens.
   template <int Column>
-  __device__ void operands(std::uint32_t (&b)[TokenTiles][4]) const {
+  __device__ void operands(std::uint32_t (&b)[TokenTiles][4], int offset = 0) const {
     unroll<TokenTiles>([&](auto i) {
-      arch::load_matrices<2 * Column + i * 8 * row_bytes>(b[i], read_);
+      arch::load_matrices<2 * Column + i * 8 * row_bytes>(
+          b[i], read_ + static_cast<std::uint32_t>(2 * offset));
     });
   }
 

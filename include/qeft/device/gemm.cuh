@@ -60,9 +60,9 @@ kernel::few_tokens_layers<View, Y, Epilogue> in_one_launch(
     const kernel::few_tokens_args<View, Y, Epilogue> (&layers)[Layers], index_t rows,
     std::integer_sequence<int, Index...>) {
   return {{layers[Index < Layers ? Index : 0]...},
-          {(Index < Layers
-                ? static_cast<int>(ceil_div(layers[Index < Layers ? Index : 0].w.out_channels, rows))
-                : 0)...}};
+          {(Index < Layers ? static_cast<int>(
+                                 ceil_div(layers[Index < Layers ? Index : 0].w.out_channels, rows))
+                           : 0)...}};
 }
 
 /// One launch for layers of the same IC, k and group size.

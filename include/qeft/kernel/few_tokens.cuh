@@ -21,8 +21,8 @@ struct few_tokens_args {
   int parts_each;  // that a warp takes
 };
 
-/// Rows row_block * RowTiles * 16 and on, and 8 * TokenTiles tokens (blockIdx.y). Ends a kernel: all
-/// threads of a block take part.
+/// Rows from row_block * RowTiles * 16 on, and 8 * TokenTiles tokens (blockIdx.y). All threads of a
+/// block take part, with all of its shared memory.
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue>
 __device__ void few_tokens_block(const few_tokens_args<View, Y, Epilogue>& args, int row_block) {
   using product = block::few_tokens_product<View, RowTiles, TokenTiles, GroupColumns>;

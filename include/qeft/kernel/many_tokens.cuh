@@ -37,7 +37,9 @@ __global__ void __launch_bounds__(32 * tuning::many_row_warps * TokenWarps, 2 / 
   of.for_each_part(
       args.parts, first_part, part_sums == nullptr ? args.parts.count() : first_part + 1,
       args.dense_x + x_at, args.weak_x + x_at,
-      [&](const scalar* x) { return activations({x, args.stride, tokens}, shared); },
+      [&](const scalar* x) {
+        return activations({x, args.stride, tokens}, shared);
+      },
       [&](const typename product::result& part_sum) { sum += part_sum; });
 
   // Token after token in shared memory, so that stores are contiguous.

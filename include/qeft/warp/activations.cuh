@@ -61,7 +61,7 @@ class activations {
       unroll<TokenTiles>([&](auto i) {
         unroll<columns / 32>([&](auto c) {
           arch::copy_async<begin + i * 8 * row_bytes + 64 * c, 64 * c>(shared_, next_[i],
-                                                                      bytes_[i]);
+                                                                       bytes_[i]);
         });
       });
     } else {
@@ -86,12 +86,14 @@ class activations {
     __syncwarp();
   }
 
-  /// B operands of the two k-steps at Column, where stages take turns from column 0 on, for each
-  /// tile of tokens: registers 0 and 1 of the first step, 2 and 3 of the second.
+  /// B operands of the two k-steps at Column, where stages take turns from column 0 on, and
+  /// `offset` columns further in the same stage; for each tile of tokens: registers 0 and 1 of the
+  /// first step, 2 and 3 of the second.
   template <int Column>
-  __device__ void operands(std::uint32_t (&b)[TokenTiles][4]) const {
+  __device__ void operands(std::uint32_t (&b)[TokenTiles][4], int offset = 0) const {
     unroll<TokenTiles>([&](auto i) {
-      arch::load_matrices<2 * Column % stages_bytes + i * 8 * row_bytes>(b[i], shared_);
+      arch::load_matrices<2 * Column % stages_bytes + i * 8 * row_bytes>(
+          b[i], shared_ + static_cast<std::uint32_t>(2 * offset));
     });
   }
 

@@ -36,11 +36,6 @@ struct sums {
   }
 };
 
-/// What part_product::add_dense calls when nothing is to be done between its chunks.
-struct do_nothing {
-  __device__ void operator()(int) const {}
-};
-
 /// A warp's part of the product with a layer over layout::fragment.
 /// @tparam View         quantized_matrix_view<Format, weak_tail<...>, layout::fragment,
 ///                      device_memory>
@@ -95,8 +90,8 @@ class part_product {
     if (part < parts.dense) {
       const int last_part = min(end, parts.dense);
       const int first = part * parts.dense_columns;
-      const int last = arch::kept(
-          min(last_part * parts.dense_columns, static_cast<int>(w_.dense_columns())));
+      const int last =
+          arch::kept(min(last_part * parts.dense_columns, static_cast<int>(w_.dense_columns())));
       int part_end = min(first + parts.dense_columns, last);
       result sum;
       auto x = x_of(dense_x + first);
@@ -121,14 +116,15 @@ class part_product {
     }
   }
 
-  /// Adds the dense columns [first, last), group after group. @pre first < last; first is a multiple of
-  /// tuning::chunk_columns, and so is last unless the columns end there; all lanes take part
+  /// Adds the dense columns [first, last), group after group. All lanes take part.
+  /// @pre first < last; first is a multiple of tuning::chunk_columns, and so is last unless the
+  ///      columns end there
   /// @param x    activations of these columns: warp::activations, or what else stages them
   /// @param sum  may be taken away in between: `done`(column) is called whenever it has all columns
   ///             up to `column`, a multiple of tuning::chunk_columns or behind the last one
-  template <class Activations, class Done = do_nothing>
+  template <class Activations, class Done>
   __device__ void add_dense(int first, int last, Activations& x, result& sum,
-                            const Done& done = {}) const {
+                            const Done& done) const {
     constexpr int columns = Activations::columns;
     code_stream codes(*this, first);
     codes.template load<0, tiles_ahead>(last - first);
@@ -194,20 +190,23 @@ class part_product {
         if (left > end) x.template start<1 - stage>(left - end);
         arch::commit_copies();
         x.template wait<1>();
-        unroll<columns / weak_columns>([&](auto i) {
-          constexpr int at = begin + i * weak_columns;
-          if (left <= at) return;
-          std::uint32_t b[TokenTiles][4];
-          x.template operands<at>(b);
-          values.template multiply<at / weak_columns>(b, stage_sum);
-          values.template load<at / weak_columns + weak_ahead, 1>(left);
-        });
+#pragma unroll 1
+        for (int at = 0; at < columns && at < left - begin; at += weak_ahead * weak_columns) {
+          const int left_here = left - begin - at;
+          unroll<weak_ahead>([&](auto i) {
+            if (i > 0 && left_here <= i * weak_columns) return;
+            std::uint32_t b[TokenTiles][4];
+            x.template operands<begin + i * weak_columns>(b, at);
+            values.template multiply<i>(b, stage_sum);
+            values.template load<i + weak_ahead, 1>(left_here);
+          });
+          values.advance();
+        }
         if (end % tuning::stage_columns == 0) {
           sum += stage_sum;
           stage_sum = {};
         }
       });
-      values.template advance<2 * columns>();
     }
     x.template wait<0>();
     sum += stage_sum;
@@ -222,8 +221,8 @@ class part_product {
     __device__ code_stream(const part_product& p, int first) {
       const int lane = static_cast<int>(threadIdx.x % 32U);
       for (int r = 0; r < RowTiles; ++r) {
-        const int tile = p.row_tile_[r] * p.column_tiles_ +
-                         static_cast<int>(quotient(first, tile_columns));
+        const int tile =
+            p.row_tile_[r] * p.column_tiles_ + static_cast<int>(quotient(first, tile_columns));
         const index_t at = tile * fragment::tile_words<bits>();
         low_[r] = p.w_.codes + lane * 4 + at;
         high_[r] = p.w_.codes + fragment::lanes * 4 + lane * (unpack::words - 4) + at;
@@ -281,11 +280,11 @@ class part_product {
       for (int r = 0; r < RowTiles; ++r) {
         const int step = p.row_tile_[r] * p.weak_steps_ +
                          static_cast<int>(quotient(first, fragment::step_columns));
-        from_[r] = reinterpret_cast<const std::uint32_t*>(p.w_.weak_values) + lane * 4 +
-                   step * step_words;
+        from_[r] =
+            reinterpret_cast<const std::uint32_t*>(p.w_.weak_values) + lane * 4 + step * step_words;
       }
     }
-    /// Adds the Which-th weak_columns behind where the stream is.
+    /// Adds the Which-th weak_columns from where the stream is.
     template <int Which>
     __device__ void multiply(const std::uint32_t (&b)[TokenTiles][4], result& sum) const {
       unroll<2>([&](auto half) {
@@ -297,8 +296,8 @@ class part_product {
         }
       });
     }
-    /// Loads Count times weak_columns, from the Which-th on behind where the stream is, of `left`
-    /// columns; behind them zeros.
+    /// Loads Count times weak_columns, from the Which-th on from where the stream is, which has
+    /// `left` columns; behind them zeros.
     template <int Which, int Count>
     __device__ void load(int left) {
       if (left >= (Which + Count) * weak_columns) {
@@ -315,9 +314,9 @@ class part_product {
         });
       }
     }
-    template <int Columns>
+    /// Goes on by weak_ahead times weak_columns.
     __device__ void advance() {
-      for (auto& from : from_) from += Columns / fragment::step_columns * step_words;
+      for (auto& from : from_) from += 2 * weak_ahead * step_words;
     }
 
    private:
@@ -325,7 +324,7 @@ class part_product {
     template <int Step>
     __device__ void load_step() {
       for (int r = 0; r < RowTiles; ++r) {
-        arch::load_once<4, Step * static_cast<int>(step_words)>(
+        arch::load_once<4, Step* static_cast<int>(step_words)>(
             ring_[Step / 2 % weak_ahead][r][Step % 2], from_[r]);
       }
     }
