@@ -14,6 +14,10 @@ using layer = quantized_matrix_view<Format, weak_tail<>, layout::fragment, devic
   template __global__ void                                                             \
   few_tokens<row_tiles, token_tiles, group, layer<format>, half_bits, epilogue::none>( \
       const __grid_constant__ few_tokens_args<layer<format>, half_bits, epilogue::none> args);
+#define QEFT_LAYERS(format, token_tiles, group)                                          \
+  template __global__ void                                                               \
+  few_tokens_of_layers<2, token_tiles, group, layer<format>, half_bits, epilogue::none>( \
+      const __grid_constant__ few_tokens_layers<layer<format>, half_bits, epilogue::none> args);
 #define QEFT_MANY(format, token_warps, group)                                                 \
   template __global__ void                                                                    \
   many_tokens<token_warps, group, layer<format>, half_bits, epilogue::none>(                  \
@@ -32,5 +36,7 @@ QEFT_KERNELS(quant_format<3>, 128)
 QEFT_KERNELS(quant_format<4>, dynamic)
 QEFT_KERNELS(quant_format<4>, tuning::chunk_columns)
 QEFT_KERNELS(bf16_format, 128)
+QEFT_LAYERS(quant_format<4>, 1, 128)
+QEFT_LAYERS(quant_format<4>, 2, 128)
 
 }  // namespace qeft::kernel

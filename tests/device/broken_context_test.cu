@@ -18,11 +18,12 @@ int main() {
   const qeft::quantized_matrix<qeft::layout::fragment, qeft::device_memory> w(
       layer_of(40, 512, 16).d);
   const device_array<qeft::half_bits> x(512);
-  const device_array<float> y(40);
+  device_array<float> y(40);
   break_context<<<1, 1>>>();
   const cudaError_t broken = cudaDeviceSynchronize();
   check(broken != cudaSuccess, "the context is broken");
-  const qeft::status s = gemv(qeft::on_stream{}, w, x.data(), y.data());
+  const qeft::status s = qeft::gemv<qeft::format_list<qeft::quant_format<4>>>(qeft::on_stream{}, w,
+                                                                              x.data(), y.data());
   check_refused(s, errc::device_error, cudaGetErrorString(broken));
   check(cudaDeviceSynchronize() == broken, "the error is still there");
   std::printf("'%s', %d failures\n", s.message().c_str(), failures);

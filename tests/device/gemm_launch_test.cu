@@ -105,6 +105,36 @@ void check_outputs() {
   check(cudaStreamDestroy(stream), "cudaStreamDestroy");
 }
 
+/// The same bits however many warps take the parts.
+template <index_t GroupColumns>
+void compare_plans(index_t group) {
+  using view_type = qeft::quantized_matrix_view<quant_format<4>, qeft::weak_tail<>, fragment,
+                                                qeft::device_memory>;
+  using product_type = qeft::block::few_tokens_product<view_type, 1, 1, GroupColumns>;
+  const auto layer = layer_of(20, 4128, 600, group);
+  const qeft::quantized_matrix<fragment, qeft::device_memory> w(pack<fragment>(layer));
+  const auto view = w.view<quant_format<4>>(qeft::weak_tail<>{{600}});
+  random_source random(4);
+  const auto x = to_device(random_activations<qeft::half_bits>(random, 2 * 4128));
+  const auto y = product<float, quant_format<4>>(w, x, 2);
+  const auto parts = qeft::tuning::make_parts(4, 3528, 600);
+  const int count = parts.count();
+  check(parts.dense > 1 && parts.weak > 1, "several parts of both kinds");
+  for (int each = count; each > 1; --each) {
+    const int warps = (count + each - 1) / each;
+    const int shared = product_type::shared_bytes(count, warps);
+    const auto kernel =
+        qeft::kernel::few_tokens<1, 1, GroupColumns, view_type, float, qeft::epilogue::none>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+          "cudaFuncSetAttribute");
+    device_array<float> z(2 * 20);
+    kernel<<<2, 32 * warps, shared>>>(
+        {view, x.data(), x.data() + 3528, 4128, 2, z.data(), {}, parts, each});
+    check(cudaDeviceSynchronize(), "a plan");
+    check(to_host(z) == y, "the same bits however many warps there are");
+  }
+}
+
 void check_refusals() {
   const auto layer = layer_of(40, 300, 16);
   const qeft::quantized_matrix<fragment, qeft::device_memory> w(pack<fragment>(layer));
@@ -266,6 +296,9 @@ void check_layers_refused() {
 int main(int argc, char** argv) {
   if (!has_device()) return 77;
   check_outputs();
+  compare_plans<128>(128);
+  compare_plans<qeft::dynamic>(96);
+  compare_plans<512>(1536);
   check_refusals();
   check_layers_refused();
   const int count = argc > 1 ? std::atoi(argv[1]) : 60;

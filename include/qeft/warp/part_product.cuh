@@ -352,9 +352,8 @@ class part_product {
             p.w_, p.row_tile_[r] * p.group_sets_ +
                       static_cast<int>(quotient(group_, fragment::groups_together)));
       }
-      if constexpr (set_is_chunk) return;
-      next_set();
-      if (!is_static) enter(group_ % 4);
+      if constexpr (!set_is_chunk) next_set();
+      if constexpr (!is_static) enter(group_ % 4);
     }
 
     /// Before a chunk. @param left columns from there on
