@@ -89,19 +89,11 @@ void check_outputs() {
   const auto askew = to_device(moved);
   device_array<std::byte> space(qeft::workspace_bytes<one_format>(plain, w, askew.data() + 1, 3));
   check(space.size() > 0, "x that is not aligned needs a workspace");
-  const on_stream captured{stream, {space.data(), space.size()}};
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
-  check(qeft::gemm<one_format>(captured, w, askew.data() + 1, 3, replayed.data()).ok(),
-        "a capture");
-  cudaGraph_t graph = nullptr;
-  check(cudaStreamEndCapture(stream, &graph), "capture");
-  cudaGraphExec_t executable = nullptr;
-  check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
-  check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
-  check(cudaStreamSynchronize(stream), "a graph");
+  in_graph([&](cudaStream_t captured) {
+    return qeft::gemm<one_format>(on_stream{captured, {space.data(), space.size()}}, w,
+                                  askew.data() + 1, 3, replayed.data());
+  });
   check(to_host(replayed) == y, "a graph");
-  check(cudaGraphExecDestroy(executable), "cudaGraphExecDestroy");
-  check(cudaGraphDestroy(graph), "cudaGraphDestroy");
   check(cudaStreamDestroy(stream), "cudaStreamDestroy");
 }
 

@@ -34,16 +34,23 @@ class group_scales {
   };
 
   group_scales() = default;
-  /// Starts to load a set. @param set its number among those of all rows:
-  ///                                  layout::fragment::group_sets of each tile of 16 rows
+  /// Loads a set. @param set its number among those of all rows: layout::fragment::group_sets of
+  ///                         each tile of 16 rows
   template <class View>
-  __device__ group_scales(const View& w, int set) {
+  __device__ group_scales(const View& w, int set) : group_scales(ahead(w, set)) {
+    advance();
+  }
+  /// The same, but what is loaded is there after the first `advance`.
+  template <class View>
+  static __device__ group_scales ahead(const View& w, int set) {
     const index_t first = index_t{set} * fragment::lanes + static_cast<int>(threadIdx.x % 32U);
-    scales_ = reinterpret_cast<const std::uint32_t*>(w.scales) + first;
+    group_scales of_set;
+    of_set.scales_ = reinterpret_cast<const std::uint32_t*>(w.scales) + first;
     if constexpr (has_zeros || is_scaled) {
-      zeros_ = reinterpret_cast<const zero_pair*>(w.zeros) + first;
+      of_set.zeros_ = reinterpret_cast<const zero_pair*>(w.zeros) + first;
     }
-    load_next();
+    of_set.load_next();
+    return of_set;
   }
 
   /// Starts to load the next set, which takes the place of the present one at `advance`.

@@ -348,7 +348,7 @@ class part_product {
           group_(static_cast<int>(quotient(first, set_is_chunk ? GroupColumns : columns_))),
           left_((group_ + 1) * columns_ - first) {
       for (int r = 0; r < RowTiles; ++r) {
-        params_[r] = group_scales<format>(
+        params_[r] = group_scales<format>::ahead(
             p.w_, p.row_tile_[r] * p.group_sets_ +
                       static_cast<int>(quotient(group_, fragment::groups_together)));
       }
