@@ -22,7 +22,7 @@ oc=4096 ic=4096 group=128 k=128
 
 echo "Executed, $oc x $ic, g = $group, k = $k, FP16, on a device of each compute capability:"
 echo
-echo "| capability | bits | tokens | warps of a block | warp instructions per 32 weights | unique bytes : layer | bytes requested : layer | sector efficiency | bank conflicts, loads |"
+echo "| capability | bits | tokens | warps of a block | warp instructions per 32 weights | unique bytes : layer | bytes of requested sectors : layer | sector efficiency | bank conflicts, loads |"
 echo "|---|---|---|---|---|---|---|---|---|"
 for cc in 80 90; do
   for bits in 4 3; do
@@ -39,7 +39,7 @@ for line in open(path):
     g, s = j["global_load"], j["shared_load"]
     print(f"| {cc / 10} | {bits} | {tokens} | {j['block'][0] // 32} "
           f"| {j['warp_instructions'] / (weights / 32):.2f} "
-          f"| {g['unique_bytes'] / layer:.3f} | {g['bytes'] / layer:.2f} "
+          f"| {g['unique_bytes'] / layer:.3f} | {32 * g['sectors'] / layer:.2f} "
           f"| {g['sector_efficiency']:.2f} | {s['wavefronts'] - s['ideal_wavefronts']} |")
 P
       rm -f "$scratch/stats"

@@ -25,14 +25,15 @@ struct parts {
   QEFT_HOST_DEVICE constexpr int count() const noexcept { return dense + weak; }
 };
 
-/// A part of weak columns takes at least about as many bytes as one of dense columns.
+/// A part of weak columns takes about one and a half times as many bytes as one of dense columns,
+/// or more: so the usual k is one part.
 QEFT_HOST_DEVICE constexpr parts make_parts(int bits, index_t dense, index_t weak) noexcept {
   const auto length = [](index_t columns, index_t unit) QEFT_INLINE_LAMBDA {
     return round_up(ceil_div(columns, most_parts), unit);
   };
   parts p{};
   const index_t d = length(dense, chunk_columns);
-  const index_t alike = round_up((d == 0 ? chunk_columns : d) * bits / 16, 16);
+  const index_t alike = round_up((d == 0 ? chunk_columns : d) * bits * 3 / 32, 16);
   const index_t w = length(weak, 16) > alike ? length(weak, 16) : alike;
   p.dense_columns = static_cast<int>(d);
   p.dense = dense == 0 ? 0 : static_cast<int>(ceil_div(dense, d));
