@@ -70,7 +70,8 @@ qeft::status launch(by_choice, const Args& args) {
 }
 template <class Args>
 qeft::status launch(by_few, const Args& args) {
-  return detail::launch_few<1, 2, qeft::dynamic>(nullptr, args);
+  Args layers[] = {args};
+  return detail::launch_few<1, 2, qeft::dynamic>(nullptr, 1, layers);
 }
 
 /// y of the first `tokens` tokens.
