@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # What kernels do, without a GPU, as a table: counters of a simulator, which executes their PTX, and
 # what their machine code says of the main loop. No number is a time.
-#   QEFT_CUDASIM_DIR=... QEFT_SASS_REPORT=.../sass_report.py bench/static/run.sh
+#   QEFT_CUDASIM_DIR=... QEFT_SASS_REPORT=.../sass_report.py bench/static_report.sh
 # QEFT_CUDASIM_DIR is the simulator's source or a build of it. nvcc and nvdisasm must be found.
 set -euo pipefail
-root=$(realpath -- "$(dirname -- "$0")/../..")
+root=$(realpath -- "$(dirname -- "$0")/..")
 : "${QEFT_CUDASIM_DIR:?names the simulator}" "${QEFT_SASS_REPORT:?names sass_report.py}"
 nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
 scratch=$(mktemp -d)
@@ -18,7 +18,7 @@ fi
 
 oc=4096 ic=4096 group=128 k=128
 "$nvcc" -std=c++17 -gencode arch=compute_80,code=compute_80 -cudart shared --compress-mode=none \
-  -I"$root/include" -o "$scratch/probe" "$root/bench/static/probe.cu"
+  -I"$root/include" -o "$scratch/probe" "$root/bench/static_probe/probe.cu"
 
 echo "Executed, $oc x $ic, g = $group, k = $k, FP16, on a device of each compute capability:"
 echo

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+# The README quotes an example word for word: what stands between two lines `// [NAME]` of it, in
+# less than 30 lines.
+#   cmake -DREADME=... -DEXAMPLE=... -DNAME=... -P readme_test.cmake
+file(READ "${README}" readme)
+file(READ "${EXAMPLE}" example)
+set(mark "// [${NAME}]\n")
+string(FIND "${example}" "${mark}" begin)
+string(FIND "${example}" "${mark}" end REVERSE)
+string(LENGTH "${mark}" length)
+math(EXPR begin "${begin} + ${length}")
+math(EXPR length "${end} - ${begin}")
+if(length LESS_EQUAL 0)
+  message(FATAL_ERROR "${EXAMPLE} does not have two lines // [${NAME}]")
+endif()
+string(SUBSTRING "${example}" ${begin} ${length} quoted)
+string(FIND "${readme}" "```cpp\n${quoted}```" at)
+if(at EQUAL -1)
+  message(FATAL_ERROR "the README does not quote [${NAME}] of ${EXAMPLE}:\n${quoted}")
+endif()
+string(REGEX MATCHALL "\n" lines "${quoted}")
+list(LENGTH lines count)
+if(count GREATER_EQUAL 30)
+  message(FATAL_ERROR "[${NAME}] of ${EXAMPLE} has ${count} lines")
+endif()
+message(STATUS "${count} lines quoted")
