@@ -18,7 +18,7 @@ fi
 
 oc=4096 ic=4096 group=128 k=128
 "$nvcc" -std=c++17 -gencode arch=compute_80,code=compute_80 -cudart shared --compress-mode=none \
-  -I"$root/include" -o "$scratch/probe" "$root/bench/static_probe/probe.cu"
+  -I"$root/include" -o "$scratch/probe" "$root/bench/static_probe.cu"
 
 echo "Executed, $oc x $ic, g = $group, k = $k, FP16, on a device of each compute capability:"
 echo

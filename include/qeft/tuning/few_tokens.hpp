@@ -6,9 +6,17 @@
 
 namespace qeft::tuning {
 
-/// Warps of a block that has a multiprocessor to itself, and of one that shares it with another.
+/// Warps of a block, where blocks are fewer than half of the multiprocessors, and else.
 inline constexpr int most_few_tokens_warps = 9;
-inline constexpr int shared_few_tokens_warps = 5;
+inline constexpr int usual_few_tokens_warps = 5;
+
+/// Whether codes are asked for to come to the second-level cache before they are loaded: more bytes
+/// under way, which compute capability 9.0 needs.
+#if defined(QEFT_DEVICE_SM90A)
+inline constexpr bool prefetch_codes = true;
+#else
+inline constexpr bool prefetch_codes = false;
+#endif
 
 /// How the parts of a row are spread over the warps of a block: each takes some in a row.
 struct warp_plan {
@@ -19,7 +27,7 @@ struct warp_plan {
 /// As many warps as are good for the number of blocks, or fewer if these take as many parts each.
 constexpr warp_plan plan_warps(int parts, index_t blocks, int multiprocessors) noexcept {
   const int most =
-      blocks <= index_t{multiprocessors} ? most_few_tokens_warps : shared_few_tokens_warps;
+      2 * blocks <= index_t{multiprocessors} ? most_few_tokens_warps : usual_few_tokens_warps;
   const auto each = static_cast<int>(ceil_div(parts, most));
   return {static_cast<int>(ceil_div(parts, each)), each};
 }

@@ -54,8 +54,12 @@ class part_product {
   static constexpr int most_tiles_ahead = TokenTiles <= 2 ? 8 : 4;
   static constexpr int tiles_ahead =
       tiles_per_chunk < most_tiles_ahead ? tiles_per_chunk : most_tiles_ahead;
+  /// Whether codes are asked for one more chunk ahead.
+  static constexpr bool prefetches = tuning::prefetch_codes && TokenTiles <= 2;
   /// Tiles that are asked for together.
-  static constexpr int tiles_together = tiles_per_chunk < 8 ? tiles_per_chunk / 2 : 4;
+  static constexpr int tiles_together = TokenTiles > 2        ? 1
+                                        : tiles_per_chunk < 8 ? tiles_per_chunk / 2
+                                                              : 4;
   /// Weak columns that are multiplied together, and how many of these are loaded ahead.
   static constexpr int weak_columns = 2 * fragment::step_columns;
   static constexpr int weak_ahead = most_tiles_ahead / 2;
@@ -134,6 +138,7 @@ class part_product {
     int column = first;
     do {
       const int left = last - column;
+      if constexpr (prefetches) codes.prefetch_next(left);
       group.begin_chunk(left);
       unroll<tuning::chunk_columns / columns>([&](auto stage) {
         constexpr int begin = stage * columns;
@@ -245,6 +250,21 @@ class part_product {
     template <int First>
     __device__ void load_next(int left) {
       load<First + tiles_ahead, tiles_together>(left);
+    }
+    /// Asks for the codes of the next chunk to come to the second-level cache.
+    /// @param left columns from this chunk on
+    __device__ void prefetch_next(int left) const {
+      constexpr int words = tiles_per_chunk * static_cast<int>(fragment::tile_words<bits>());
+      constexpr int line = 128 / 4;
+      const int lane = static_cast<int>(threadIdx.x % 32U);
+      unroll<(words + 32 * line - 1) / (32 * line)>([&](auto i) {
+        // A word is 2 / bits columns of 16 rows.
+        const int column = tuning::chunk_columns + (i * 32 + lane) * (2 * line) / bits;
+        if (left <= column) return;
+        for (int r = 0; r < RowTiles; ++r) {
+          arch::prefetch(low_[r] + (words + i * 32 * line + lane * (line - 4)));
+        }
+      });
     }
     __device__ void next_chunk() {
       for (int r = 0; r < RowTiles; ++r) {
