@@ -48,7 +48,7 @@ template <class Product>
 constexpr int most_shared_bytes() noexcept {
   int most = 0;
   for (int parts = 1; parts <= 2 * tuning::most_parts; ++parts) {
-    const int bytes = Product::shared_bytes(parts, tuning::plan_warps(parts, 1, 1).warps);
+    const int bytes = Product::shared_bytes(parts, tuning::plan_warps(parts, 0, 0).warps);
     if (bytes > most) most = bytes;
   }
   return most;
