@@ -17,10 +17,11 @@ if [ ! -x "$sim/bin/cudasim" ]; then
 fi
 
 oc=4096 ic=4096 group=128 k=128
-"$nvcc" -std=c++17 -gencode arch=compute_80,code=compute_80 -cudart shared --compress-mode=none \
+"$nvcc" -std=c++17 -gencode arch=compute_80,code=compute_80 \
+  -gencode arch=compute_90a,code=compute_90a -cudart shared --compress-mode=none \
   -I"$root/include" -o "$scratch/probe" "$root/bench/static_probe.cu"
 
-echo "Executed, $oc x $ic, g = $group, k = $k, FP16, on a device of each compute capability:"
+echo "Executed, $oc x $ic, g = $group, k = $k, FP16, compiled for and run on each compute capability:"
 echo
 echo "| capability | bits | tokens | warps of a block | warp instructions per 32 weights | unique bytes : layer | bytes of requested sectors : layer | sector efficiency | bank conflicts, loads |"
 echo "|---|---|---|---|---|---|---|---|---|"
@@ -79,9 +80,10 @@ for k in kernels:
         bound = "issue"
     # As tuning::plan_warps: eight parts of dense columns and one of weak ones.
     blocks = (4096 if row_tiles == 2 else 1024) // (16 * row_tiles)
-    alone = blocks <= k["sms"]
-    side_by_side = 1 if alone else min(blocks // k["sms"], k["occupancy"]["blocks"])
-    dense = side_by_side * (8 if alone else 4) * (8 * 512 if bits == 4 else 4 * 768)
+    nine = row_tiles == 1
+    side_by_side = max(1, min(blocks // k["sms"], k["occupancy"]["blocks"]))
+    chunks = 8 if nine else 4 if sys.argv[2] == "sm_80" else 8  # loaded, or asked for
+    dense = side_by_side * chunks * (8 * 512 if bits == 4 else 4 * 768)
     in_flight = (dense + side_by_side * 4 * 2 * 512) * row_tiles / 1024
     rows.append((bits, token_tiles, row_tiles,
                  f"| {sys.argv[2]} | {bits} | {16 * row_tiles} x {8 * token_tiles} | {k['registers']} "
@@ -89,5 +91,31 @@ for k in kernels:
                  f"| {bound} | {compute / memory:.2f} | {in_flight:.0f} |"))
 for row in sorted(rows, key=lambda r: (-r[0], *r[1:3])):
     print(row[3])
+P
+done
+
+echo
+echo "Cycles of the main loop of other kernels on a sub-partition (4 and 3 bits, FP16, g = $group): per round of"
+echo "the loop and warp, on the issue port and on each unit."
+echo
+echo "| architecture | kernel | bits | registers | spills | issue | tensor | alu | fma | lsu | bound by |"
+echo "|---|---|---|---|---|---|---|---|---|---|---|"
+for job in "sm_80 kernels.cu many_tokens<2,.128" "sm_90a kernels_sm90.cu many_tokens_sm90<128,.128" \
+  "sm_80 backward_kernels.cu input_gradient<true" "sm_90a backward_kernels.cu input_gradient<true"; do
+  read -r arch source kernel <<<"$job"
+  python3 "$QEFT_SASS_REPORT" "$root/tests/cuda/$source" --arch "$arch" --kernel "$kernel" --json \
+    -- -std=c++17 -I "$root/include" >"$scratch/sass.json" 2>/dev/null
+  python3 - "$scratch/sass.json" "$arch" <<'P'
+import json, re, sys
+kernels = json.load(open(sys.argv[1]))
+for k in kernels if isinstance(kernels, list) else [kernels]:
+    m = re.match(r"(?:void )?qeft::kernel::(\w+)<(\w+),.*?quant_format<(\d+), -2l?, \(qeft::zero_kind\)1, qeft::half_bits>", k["kernel"])
+    if not m:
+        continue
+    loop = max(k["loops"], key=lambda l: l["pipe_cycles"].get("tensor", 0))
+    pipes = {"issue": loop["issue_cycles"], **loop["pipe_cycles"]}
+    cells = " | ".join(f"{pipes.get(name, 0):.0f}" for name in ("issue", "tensor", "alu", "fma", "lsu"))
+    print(f"| {sys.argv[2]} | {m[1]}<{m[2]}> | {m[3]} | {k['registers']} "
+          f"| {k['spill_stores'] + k['spill_loads']} | {cells} | {max(pipes, key=pipes.get)} |")
 P
 done

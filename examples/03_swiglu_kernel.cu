@@ -51,8 +51,7 @@ void launch_swiglu(const layer& gate, const layer& up, const half_bits* x, index
   const qeft::tuning::parts parts =
       qeft::tuning::make_parts(format::bits, dense, gate.weak_columns());
   const auto blocks = static_cast<int>(qeft::ceil_div(gate.out_channels, product::rows));
-  // Two blocks side by side on a multiprocessor.
-  const qeft::tuning::warp_plan plan = qeft::tuning::plan_warps(parts.count(), blocks, 0);
+  const qeft::tuning::warp_plan plan = qeft::tuning::plan_warps(parts.count(), 2);
   const int shared = product::shared_bytes(parts.count(), plan.warps, 2);
   check(cudaFuncSetAttribute(swiglu, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   const qeft::block::few_tokens_x<half_bits> activations{

@@ -48,7 +48,8 @@ template <class Product>
 constexpr int most_shared_bytes() noexcept {
   int most = 0;
   for (int parts = 1; parts <= 2 * tuning::most_parts; ++parts) {
-    const int bytes = Product::shared_bytes(parts, tuning::plan_warps(parts, 0, 0).warps);
+    const int bytes =
+        Product::shared_bytes(parts, tuning::plan_warps(parts, Product::rows / 16).warps);
     if (bytes > most) most = bytes;
   }
   return most;
@@ -68,7 +69,7 @@ kernel::few_tokens_layers<View, Y, Epilogue> in_one_launch(
 /// One launch for layers of the same IC, k and group size.
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue,
           int Layers>
-status launch_few(cudaStream_t stream, int multiprocessors,
+status launch_few(cudaStream_t stream,
                   kernel::few_tokens_args<View, Y, Epilogue> (&layers)[Layers]) {
   using product = block::few_tokens_product<View, RowTiles, TokenTiles, GroupColumns>;
   constexpr int most_shared = most_shared_bytes<product>();
@@ -77,8 +78,7 @@ status launch_few(cudaStream_t stream, int multiprocessors,
   for (const auto& layer : layers) row_blocks += ceil_div(layer.w.out_channels, product::rows);
   const index_t token_blocks = ceil_div(layers[0].tokens, product::most_tokens);
   const int parts = layers[0].parts.count();
-  const tuning::warp_plan plan =
-      tuning::plan_warps(parts, row_blocks * token_blocks, multiprocessors);
+  const tuning::warp_plan plan = tuning::plan_warps(parts, RowTiles);
   for (auto& layer : layers) layer.parts_each = plan.parts_each;
   const auto start = [&](auto* k, const auto& args) {
     if (status s = allow_shared("gemm", k, most_shared); !s.ok()) return s;
@@ -117,7 +117,7 @@ status launch_few(cudaStream_t stream,
   }
   const auto with_tiles = [&](auto row_tiles, auto token_tiles) {
     return with_group_columns(layers[0].w, [&](auto group_columns) {
-      return launch_few<row_tiles, token_tiles, group_columns>(stream, multiprocessors, layers);
+      return launch_few<row_tiles, token_tiles, group_columns>(stream, layers);
     });
   };
   index_t tiles = 0;

@@ -6,7 +6,7 @@
 
 namespace qeft::tuning {
 
-/// Warps of a block, where blocks are fewer than half of the multiprocessors, and else.
+/// Warps of a block, where they take one tile of 16 rows, of which a layer has few then, and else.
 inline constexpr int most_few_tokens_warps = 9;
 inline constexpr int usual_few_tokens_warps = 5;
 
@@ -24,10 +24,10 @@ struct warp_plan {
   int parts_each;
 };
 
-/// As many warps as are good for the number of blocks, or fewer if these take as many parts each.
-constexpr warp_plan plan_warps(int parts, index_t blocks, int multiprocessors) noexcept {
-  const int most =
-      2 * blocks <= index_t{multiprocessors} ? most_few_tokens_warps : usual_few_tokens_warps;
+/// As many warps as are good, or fewer if these take as many parts each.
+/// @param row_tiles of a warp
+constexpr warp_plan plan_warps(int parts, int row_tiles) noexcept {
+  const int most = row_tiles == 1 ? most_few_tokens_warps : usual_few_tokens_warps;
   const auto each = static_cast<int>(ceil_div(parts, most));
   return {static_cast<int>(ceil_div(parts, each)), each};
 }
