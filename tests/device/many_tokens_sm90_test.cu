@@ -71,7 +71,7 @@ qeft::status launch(by_choice, const Args& args) {
 template <class Args>
 qeft::status launch(by_few, const Args& args) {
   Args layers[] = {args};
-  return detail::launch_few<1, 2, qeft::dynamic>(nullptr, 1, layers);
+  return detail::launch_few<1, 2, qeft::dynamic>(nullptr, layers);
 }
 
 /// y of the first `tokens` tokens.

@@ -18,7 +18,7 @@ struct few_tokens_args {
   Y* y;  // (tokens, OC)
   Epilogue epilogue;
   tuning::parts parts;
-  int parts_each;  // that a warp takes
+  int parts_each = 1;  // that a warp takes in a row
 };
 
 /// Rows from row_block * RowTiles * 16 on, and 8 * TokenTiles tokens (blockIdx.y). All threads of a
