@@ -160,6 +160,11 @@ void check_refusals() {
   check_refused(gemm(exec, view, no_x, 2, y.data()), errc::invalid_argument, "x is null");
   check_refused(gemm(exec, view, x.data(), 2, static_cast<float*>(nullptr)), errc::invalid_argument,
                 "y is null");
+  const auto* odd_x =
+      reinterpret_cast<const qeft::half_bits*>(reinterpret_cast<const std::byte*>(x.data()) + 1);
+  check_refused(gemm(exec, view, odd_x, 2, y.data()), errc::invalid_argument, "x is not aligned");
+  auto* odd_y = reinterpret_cast<float*>(reinterpret_cast<std::byte*>(y.data()) + 2);
+  check_refused(gemm(exec, view, x.data(), 2, odd_y), errc::invalid_argument, "y is not aligned");
   auto broken = view;
   broken.codes += 1;
   check_refused(gemm(exec, broken, x.data(), 2, y.data()), errc::invalid_argument, "codes");

@@ -97,7 +97,7 @@ void compare_groups() {
 int main(int argc, char** argv) {
   if (!has_device()) return 77;
 #if !defined(QEFT_TEST_OTHER_FORMATS)
-  compare_groups();
+  if (argc == 1) compare_groups();
 #endif
   const int count = argc > 1 ? std::atoi(argv[1]) : 150;
   const auto seed = static_cast<std::uint64_t>(argc > 2 ? std::atoi(argv[2]) : 1);

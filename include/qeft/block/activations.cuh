@@ -57,10 +57,8 @@ class activations {
       const int elements = min(max(left - lane * 8, 0), 8);
 #pragma unroll 1
       for (int row = static_cast<int>(threadIdx.x / 32U), i = 0; row < rows; row += warps, ++i) {
-        // What is not read must not be pointed at either.
-        const bool some = row < tokens_ && elements > 0;
         arch::copy_async(written_ + static_cast<std::uint32_t>(begin + i * warps * row_bytes),
-                         some ? next_ + i * warps * stride_ : next_, some ? 2 * elements : 0);
+                         next_ + i * warps * stride_, row < tokens_ ? 2 * elements : 0);
       }
     }
     next_ += columns;

@@ -192,7 +192,7 @@ class quantized_matrix {
     weak_index_.upload(weak_index.data());
   }
   /// A copy in another memory, for example of a matrix of the host on the device and back. Returns
-  /// when it is done.
+  /// when it is done, or as the memory policy says.
   template <class Other>
   QEFT_ALWAYS_INLINE explicit quantized_matrix(const quantized_matrix<Layout, Other>& other,
                                                const Memory& memory = Memory{})

@@ -28,8 +28,9 @@ inline void check_cuda(cudaError_t code, const char* call) {
 
 }  // namespace QEFT_TARGET
 
-/// Every call waits for the device (cudaMalloc, cudaMemcpy on the default stream): for loading a
-/// model, not for a forward pass.
+/// Every call waits until it is done, and for the work of the default stream and of streams that
+/// follow it: for loading a model, not for a forward pass. Work of non-blocking streams on the same
+/// memory must be waited for before.
 template <>
 struct memory_operations<device_memory> {
   static QEFT_ALWAYS_INLINE void* allocate(device_memory&, std::size_t bytes) {

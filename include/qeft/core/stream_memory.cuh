@@ -7,7 +7,7 @@
 
 namespace qeft {
 
-/// Memory of the current device's default pool (cudaMallocAsync), in the order of `stream`, which
+/// Memory of the current pool of a stream's device (cudaMallocAsync), in the order of `stream`, which
 /// must outlive every buffer: what uses the memory runs on the stream, or waits for an event that
 /// was recorded there after the owner was made; the owner may be destroyed while such work of the
 /// stream is still to come. Work on other streams must be done, or be waited for by the stream,

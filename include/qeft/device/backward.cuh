@@ -13,7 +13,7 @@ namespace device::detail {
 using qeft::detail::cuda_status;
 using qeft::detail::launch_kernel;
 
-inline constexpr unsigned order_threads = 256;
+inline constexpr unsigned column_order_threads = 256;
 
 /// Where the operands of input_gradient lie in the workspace, in bytes.
 struct input_gradient_plan {
@@ -52,12 +52,7 @@ status launch_input_gradient(cudaStream_t stream,
   using block = kernel::gradient_block<View>;
   const auto k = kernel::input_gradient<OneGroup, View, X>;
   static_assert(block::shared_bytes <= 99 * 1024, "more than compute capability 8.6 has");
-  if constexpr (block::shared_bytes > 48 * 1024) {
-    // Always the same value: it belongs to the function, not to the launch.
-    const cudaError_t code =
-        cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, block::shared_bytes);
-    if (code != cudaSuccess) return cuda_status(code, "input_gradient: cudaFuncSetAttribute");
-  }
+  if (status s = allow_shared("input_gradient", k, block::shared_bytes); !s.ok()) return s;
   const index_t weak_blocks = ceil_div(args.w.weak_columns(), block::columns);
   const dim3 grid(static_cast<unsigned>(args.dense_blocks + weak_blocks),
                   static_cast<unsigned>(ceil_div(args.tokens, block::tokens)));
@@ -67,7 +62,7 @@ status launch_input_gradient(cudaStream_t stream,
 
 /// Shape and arrays of what concerns the weak columns only.
 inline status check_weak(const char* function, index_t out_channels, index_t k, index_t tokens,
-                         std::initializer_list<named_pointer> arrays) {
+                         std::initializer_list<named_array> arrays) {
   // Blocks of columns are counted in the second dimension of a grid.
   constexpr index_t most_weak = index_t{65535} * tuning::weak_gradient_tile;
   if (out_channels < 1 || out_channels > most_channels || k < 0 || k > most_weak) {
@@ -88,7 +83,9 @@ status check_weak_gradient(index_t out_channels, index_t k, const X* dy, const X
       !s.ok()) {
     return s;
   }
-  if (k > 0 && dw == nullptr) return refuse("weak_gradient: dw is null");
+  if (k > 0) {
+    if (status s = check_array(name, {"dw", dw}); !s.ok()) return s;
+  }
   return check_capability(name);
 }
 
@@ -168,9 +165,9 @@ status input_gradient(const on_stream& exec, const quantized_matrix_view<F, W, L
   if constexpr (W::kind == weak_kind::indexed || W::kind == weak_kind::per_head) {
     auto* const to = reinterpret_cast<std::int32_t*>(space + plan.columns);
     columns = to;
-    const auto blocks = static_cast<unsigned>(ceil_div(w.in_channels, d::order_threads));
+    const auto blocks = static_cast<unsigned>(ceil_div(w.in_channels, d::column_order_threads));
     if (status s = d::launch_kernel("input_gradient: the launch of order_columns",
-                                    kernel::order_columns<W>, blocks, d::order_threads, 0,
+                                    kernel::order_columns<W>, blocks, d::column_order_threads, 0,
                                     exec.stream, w.weak, w.in_channels, to);
         !s.ok()) {
       return s;

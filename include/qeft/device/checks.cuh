@@ -75,23 +75,34 @@ status check_layer(const char* function, const quantized_matrix_view<F, W, L, M>
                      "quantized_matrix::view"));
 }
 
-/// An argument and its name.
-struct named_pointer {
+/// An array among the arguments, and its name.
+struct named_array {
+  template <class T>
+  named_array(const char* its_name, const T* data)
+      : name(its_name), pointer(data), alignment(alignof(T)) {}
+
   const char* name;
   const void* pointer;
+  std::uintptr_t alignment;
 };
 
-/// A number of tokens, and what must not be null when there are any.
+/// An array that is read or written.
+inline status check_array(const char* function, const named_array& a) {
+  if (a.pointer != nullptr && is_aligned(a.pointer, a.alignment)) return {};
+  return refuse(text(function, ": ", a.name, " is ",
+                     a.pointer == nullptr ? "null" : "not aligned to its elements"));
+}
+
+/// A number of tokens, and arrays that are read or written when there are any.
 inline status check_tokens(const char* function, index_t tokens,
-                           std::initializer_list<named_pointer> arrays) {
+                           std::initializer_list<named_array> arrays) {
   if (tokens < 0 || tokens > most_tokens) {
     return refuse(
         text(function, ": tokens is ", tokens, ", but must be between 0 and ", most_tokens));
   }
-  for (const named_pointer& a : arrays) {
-    if (tokens > 0 && a.pointer == nullptr) {
-      return refuse(text(function, ": ", a.name, " is null, but there are ", tokens, " tokens"));
-    }
+  if (tokens == 0) return {};
+  for (const named_array& a : arrays) {
+    if (status s = check_array(function, a); !s.ok()) return s;
   }
   return {};
 }
@@ -122,32 +133,50 @@ inline status check_capability(const char* function) {
   return check_capability(function, major);
 }
 
-/// body(view) with the typed view of a matrix, which must be of X's type and one of Formats.
+/// Lets a kernel have more shared memory than it may without being asked. Always the same value: it
+/// belongs to the function, not to the launch.
+template <class Kernel>
+status allow_shared(const char* function, Kernel* kernel, int bytes) {
+  if (bytes <= 48 * 1024) return {};
+  return qeft::detail::cuda_status(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), function);
+}
+
+/// body(view) with the typed view of a matrix, which must be one of Formats.
+template <class Formats, class M, class Body>
+status with_any_view(const quantized_matrix<layout::fragment, M>& w, const Body& body) {
+  if (status s = validate(w.descriptor()); !s.ok()) return s;  // moved from, or never filled
+  status result;
+  try {
+    w.template visit<Formats>([&](const auto& view) {
+      static_cast<void>(result = body(view));  // nvcc takes it for a value that is dropped
+    });
+  } catch (const error& e) {  // a format that is not built in
+    return {e.code(), e.what()};
+  }
+  return result;
+}
+
+/// The same with a matrix that must be of X's type.
 template <class Formats, class X, class M, class Body>
 status with_view(const char* function, const quantized_matrix<layout::fragment, M>& w,
                  const Body& body) {
   static_assert(is_half_v<X>,
                 "qeft: products on a stream need qeft::half_bits or qeft::bf16_bits activations");
-  const matrix_descriptor& d = w.descriptor();
-  if (status s = validate(d); !s.ok()) return s;  // moved from, or never filled
   if constexpr (is_half_v<X>) {
-    if (scalar_kind_of<X>::value != d.scalar) {
+    const scalar_kind scalar = w.descriptor().scalar;
+    if (validate(w.descriptor()).ok() && scalar_kind_of<X>::value != scalar) {
       return {errc::unsupported,
               text(function, ": x is ", to_string(scalar_kind_of<X>::value), ", but the layer ",
-                   to_string(d.scalar), "; on a device they must be the same")};
+                   to_string(scalar), "; on a device they must be the same")};
     }
-    status result;
-    try {
-      w.template visit<Formats>([&](const auto& view) {
-        using view_type = std::decay_t<decltype(view)>;
-        if constexpr (std::is_same_v<typename view_type::scalar_type, X>) {
-          static_cast<void>(result = body(view));  // nvcc takes it for a value that is dropped
-        }
-      });
-    } catch (const error& e) {  // a format that is not built in
-      return {e.code(), e.what()};
-    }
-    return result;
+    return with_any_view<Formats>(w, [&](const auto& view) {
+      if constexpr (std::is_same_v<typename std::decay_t<decltype(view)>::scalar_type, X>) {
+        return body(view);
+      } else {
+        return status{};  // never: the types were compared
+      }
+    });
   }
 }
 

@@ -7,25 +7,6 @@
 
 namespace qeft {
 inline namespace QEFT_TARGET {
-namespace device::detail {
-
-/// body(view) with the typed view of a matrix of any scalar type, if its format is in Formats.
-template <class Formats, class M, class Body>
-status with_any_view(const quantized_matrix<layout::fragment, M>& w, const Body& body) {
-  if (status s = validate(w.descriptor()); !s.ok()) return s;  // moved from, or never filled
-  status result;
-  try {
-    w.template visit<Formats>([&](const auto& view) {
-      static_cast<void>(result = body(view));  // nvcc takes it for a value that is dropped
-    });
-  } catch (const error& e) {  // a format that is not built in
-    return {e.code(), e.what()};
-  }
-  return result;
-}
-
-}  // namespace device::detail
-
 /// Whether dequantize would accept these operands, and why not.
 template <class F, class W, class L, class M, class Y>
 status supports_dequantize(const on_stream&, const quantized_matrix_view<F, W, L, M>& w,
@@ -38,9 +19,7 @@ status supports_dequantize(const on_stream&, const quantized_matrix_view<F, W, L
   static_assert(std::is_same_v<L, layout::fragment>,
                 "qeft::dequantize on a stream needs qeft::layout::fragment; repack the matrix");
   if (status s = d::check_layer("dequantize", w); !s.ok()) return s;
-  if (out == nullptr || !d::is_aligned(out, sizeof(Y))) {
-    return d::refuse("dequantize: out is null or not aligned to its elements");
-  }
+  if (status s = d::check_array("dequantize", {"out", out}); !s.ok()) return s;
   constexpr index_t most_blocks = (index_t{1} << 31) - 1;
   if (ceil_div(w.in_channels, kernel::dequantize_columns<Y>) >
       most_blocks / ceil_div(w.out_channels, 16)) {

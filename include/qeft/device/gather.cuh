@@ -18,19 +18,17 @@ status check_gather(const char* function, const T* x, index_t tokens, index_t co
   constexpr index_t most = (index_t{1} << 31) - 1;
   if (tokens < 0 || columns < 0 || columns > most || index.size() < 0 || index.size() > most) {
     return refuse(text(function, ": tokens is ", tokens, ", columns ", columns, " and index has ",
-                       index.size(), " entries, but they must be between 0 and 2^31 - 1"));
+                       index.size(),
+                       " entries, but they must not be negative, and the latter two "
+                       "at most 2^31 - 1"));
   }
   if (tokens == 0 || index.empty()) return {};
   if (columns == 0) return refuse(text(function, ": columns is 0, but index is not empty"));
-  const auto bad = [](const void* p, std::uintptr_t bytes) {
-    return p == nullptr || !is_aligned(p, bytes);
-  };
-  const char* name = nullptr;
-  if (bad(x, sizeof(T))) name = "x";
-  if (bad(index.data(), sizeof(std::int32_t))) name = "index";
-  if (bad(out, sizeof(T))) name = "out";
-  if (name == nullptr) return {};
-  return refuse(text(function, ": ", name, " is null or not aligned to its elements"));
+  for (const named_array& a :
+       {named_array{"x", x}, named_array{"index", index.data()}, named_array{"out", out}}) {
+    if (status s = check_array(function, a); !s.ok()) return s;
+  }
+  return {};
 }
 
 /// Elements as kernels move them.

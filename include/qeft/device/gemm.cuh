@@ -132,13 +132,14 @@ status launch_few(cudaStream_t stream,
 
 /// Puts activations in order, at `to`.
 template <class View, class X>
-status launch_gather(cudaStream_t stream, const View& w, const activation_plan& plan, const X* x,
-                     index_t tokens, X* to) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(w.in_channels, 256)),
-                  static_cast<unsigned>(ceil_div(tokens, kernel::gather_tokens)));
-  return launch_kernel("gemm: the launch of gather", kernel::gather<typename View::weak_type, X>,
-                       grid, 256, 0, stream, w.weak, x, tokens, w.in_channels, to, plan.stride,
-                       plan.weak_at);
+status launch_order(cudaStream_t stream, const View& w, const activation_plan& plan, const X* x,
+                    index_t tokens, X* to) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(w.in_channels, kernel::order_threads)),
+                  static_cast<unsigned>(ceil_div(tokens, kernel::order_tokens)));
+  return launch_kernel("gemm: the launch of order_activations",
+                       kernel::order_activations<typename View::weak_type, X>, grid,
+                       kernel::order_threads, 0, stream, w.weak, x, tokens, w.in_channels, to,
+                       plan.stride, plan.weak_at);
 }
 
 /// @param x in the order of `plan`
@@ -163,7 +164,7 @@ status launch(const on_stream& exec, const View& w, const X* x, index_t tokens, 
   const activation_plan plan = plan_activations(w, x);
   if (plan.gathered) {
     auto* to = reinterpret_cast<X*>(exec.workspace.data());
-    if (status s = launch_gather(exec.stream, w, plan, x, tokens, to); !s.ok()) return s;
+    if (status s = launch_order(exec.stream, w, plan, x, tokens, to); !s.ok()) return s;
     x = to;
   }
   kernel::few_tokens_args<decltype(as_tail(w)), Y, Epilogue> layers[] = {

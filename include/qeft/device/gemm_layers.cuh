@@ -78,7 +78,7 @@ status launch_layers(const on_stream& exec, const layer_output<View, Y, Epilogue
                                       (orders == 1 ? 0 : i) * gathered_bytes(plan, tokens));
       x_of[i] = to;
       if (i >= orders) continue;
-      if (status s = launch_gather(exec.stream, layers[i].w, plan, x, tokens, to); !s.ok()) {
+      if (status s = launch_order(exec.stream, layers[i].w, plan, x, tokens, to); !s.ok()) {
         return s;
       }
     }
@@ -170,8 +170,8 @@ status supports_gemm(
   if (status s = d::check_alike(layers); !s.ok()) return s;
   for (const auto& l : layers) {
     if (status s = d::check_layer("gemm", l.w); !s.ok()) return s;
-    const d::named_pointer arrays[] = {{"x", x}, {"y", l.y}};
-    if (status s = d::check_tokens("gemm", tokens, {arrays[0], arrays[1]}); !s.ok()) return s;
+    const Y* const y = l.y;
+    if (status s = d::check_tokens("gemm", tokens, {{"x", x}, {"y", y}}); !s.ok()) return s;
   }
   if (status s = d::check_workspace("gemm", exec, workspace_bytes(exec, layers, x, tokens));
       !s.ok()) {
@@ -187,9 +187,11 @@ status supports_gemm(
 ///
 /// @param layers of one type, with the same IC, k and group size; OC may differ. No two outputs
 ///               overlap
-/// @param x, tokens and what is returned: as in gemm of one layer. Activations are put into order
-///               once if weak columns are tail, per_head with as many heads, or indexed by the same
-///               array; else once per layer
+/// @param x, tokens as in gemm of one layer. Up to 16 tokens activations are put into order once if
+///               weak columns are tail, per_head with as many heads, or indexed by the same array;
+///               else once per layer
+/// @return what supports_gemm says, or that a launch failed; then outputs may be written of layers
+///         before
 template <class F, class W, class L, class M, class X, class Y, class Epilogue, int Layers>
 status gemm(const on_stream& exec,
             const layer_output<quantized_matrix_view<F, W, L, M>, Y, Epilogue> (&layers)[Layers],

@@ -12,15 +12,6 @@ namespace device::detail {
 using qeft::detail::cuda_status;
 using qeft::detail::launch_kernel;
 
-/// Lets a kernel have more shared memory than it may without being asked. Always the same value: it
-/// belongs to the function, not to the launch.
-template <class Kernel>
-status allow_shared(const char* function, Kernel* kernel, int bytes) {
-  if (bytes <= 48 * 1024) return {};
-  return cuda_status(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), function);
-}
-
 /// body(constant) with the GroupColumns of warp::part_product that suit a layer.
 template <class View, class Body>
 status with_group_columns(const View& w, const Body& body) {

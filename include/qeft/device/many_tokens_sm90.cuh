@@ -14,36 +14,44 @@ namespace device::detail {
 using qeft::detail::device_attribute;
 using qeft::detail::launch_cluster;
 
-/// A tensor map over the first `columns` columns of a matrix x, whose rows are `tokens` tokens.
-/// @param x      16-byte aligned
-/// @param stride elements from one token to the next, a multiple of 8
-template <class Ring, class Scalar>
-status make_tensor_map(CUtensorMap& map, const Scalar* x, index_t columns, int tokens, int stride) {
-  // A function of the driver, which this library is not linked with.
+/// cuTensorMapEncodeTiled, a function of the driver, which this library is not linked with; null
+/// where there is none.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
     const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
                                                               12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t code =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
     if (code != cudaSuccess) static_cast<void>(cudaGetLastError());
     return code == cudaSuccess && found == cudaDriverEntryPointSuccess
                ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
                : nullptr;
   }();
-  if (encode == nullptr) {
-    return {errc::unsupported, "gemm: the driver has no cuTensorMapEncodeTiled; 12.0 is needed"};
-  }
+  return encode;
+}
+
+/// A tensor map over the first `columns` columns of a matrix x, whose rows are `tokens` tokens.
+/// @param x      16-byte aligned
+/// @param stride elements from one token to the next, a multiple of 8
+/// @pre there is a tensor_map_encoder
+template <class Ring, class Scalar>
+status make_tensor_map(CUtensorMap& map, const Scalar* x, index_t columns, int tokens, int stride) {
   const cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(tokens)};
   const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(stride) * sizeof(Scalar)};
   const cuuint32_t box[] = {Ring::box_columns, Ring::box_tokens};
   const cuuint32_t every[] = {1, 1};
   const CUresult code =
-      encode(&map,
-             std::is_same_v<Scalar, half_bits> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-             2, const_cast<Scalar*>(x), size, row_bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      tensor_map_encoder()(&map,
+                           std::is_same_v<Scalar, half_bits> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                           2, const_cast<Scalar*>(x), size, row_bytes, box, every,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (code == CUDA_SUCCESS) return {};
   return {errc::device_error,
           text("gemm: cuTensorMapEncodeTiled failed with ", static_cast<int>(code), " for ", tokens,
@@ -128,7 +136,7 @@ bool suits_many_tokens_sm90(const kernel::few_tokens_args<View, Y, Epilogue>& ar
   int multiprocessors = 0;
   return device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount).ok() &&
          tune::suits(ceil_div(args.w.out_channels, tune::rows), args.tokens, multiprocessors) &&
-         has_many_tokens_sm90(args);
+         tensor_map_encoder() != nullptr && has_many_tokens_sm90(args);
 }
 
 }  // namespace device::detail

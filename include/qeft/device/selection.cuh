@@ -120,12 +120,6 @@ inline status check_columns(const char* function, index_t columns) {
   return refuse(text(function, ": columns is ", columns, ", but must be between 0 and 2^30"));
 }
 
-inline status check_array(const char* function, const char* name, const void* p,
-                          std::uintptr_t alignment) {
-  if (p != nullptr && is_aligned(p, alignment)) return {};
-  return refuse(text(function, ": ", name, " is null or not aligned to its elements"));
-}
-
 /// Columns, k, the workspace, and that CUB, which takes it for its own, finds no earlier error.
 inline status check_choice(const char* function, const on_stream& exec, index_t columns, index_t k,
                            std::size_t& scratch_bytes) {
@@ -208,8 +202,8 @@ status add_column_squares(const on_stream& exec, const X* x, index_t tokens, ind
     return d::refuse(text(name, ": tokens is ", tokens, ", but must not be negative"));
   }
   if (tokens == 0 || columns == 0) return {};
-  if (status s = d::check_array(name, "x", x, sizeof(X)); !s.ok()) return s;
-  if (status s = d::check_array(name, "sum", sum, sizeof(double)); !s.ok()) return s;
+  if (status s = d::check_array(name, {"x", x}); !s.ok()) return s;
+  if (status s = d::check_array(name, {"sum", sum}); !s.ok()) return s;
   return d::for_each_element("add_column_squares: the launch", exec.stream, columns,
                              kernel::add_column_squares<X>, x, tokens, columns, sum);
 }
@@ -229,8 +223,8 @@ inline status hessian_diagonal(const on_stream& exec, const double* sum, index_t
     return d::refuse(text(name, ": tokens is ", tokens, ", but must not be negative"));
   }
   if (columns == 0) return {};
-  if (status s = d::check_array(name, "sum", sum, sizeof(double)); !s.ok()) return s;
-  if (status s = d::check_array(name, "out", out, sizeof(double)); !s.ok()) return s;
+  if (status s = d::check_array(name, {"sum", sum}); !s.ok()) return s;
+  if (status s = d::check_array(name, {"out", out}); !s.ok()) return s;
   const double factor = tokens == 0 ? 0.0 : 2.0 / static_cast<double>(tokens);
   return d::for_each_element("hessian_diagonal: the launch", exec.stream, columns,
                              kernel::scale<double>, sum, columns, factor, out);
@@ -250,7 +244,7 @@ inline index_t selection_workspace_bytes(const on_stream&, index_t columns) {
 ///
 /// @param exec        returns once the work is on its stream; with selection_workspace_bytes
 /// @param sensitivity (columns). Finite and not negative, which the host checks and a stream cannot:
-///                    else NaN counts as more than infinity, and what is below 0 as less than 0
+///                    else NaN with a positive sign counts as more than infinity, with a negative one as less than 0, and what is below 0 as less than 0
 /// @param chosen      (k)
 inline status top_k(const on_stream& exec, const double* sensitivity, index_t columns, index_t k,
                     std::int32_t* chosen) {
@@ -259,10 +253,10 @@ inline status top_k(const on_stream& exec, const double* sensitivity, index_t co
   std::size_t scratch = 0;
   if (status s = d::check_choice(name, exec, columns, k, scratch); !s.ok()) return s;
   if (k == 0) return {};
-  if (status s = d::check_array(name, "sensitivity", sensitivity, sizeof(double)); !s.ok()) {
+  if (status s = d::check_array(name, {"sensitivity", sensitivity}); !s.ok()) {
     return s;
   }
-  if (status s = d::check_array(name, "chosen", chosen, sizeof(std::int32_t)); !s.ok()) return s;
+  if (status s = d::check_array(name, {"chosen", chosen}); !s.ok()) return s;
   const d::selection_space space(exec.workspace.data(), columns, scratch);
   if (status s = d::mark_best(name, exec.stream, space, sensitivity, {1, 1, columns, k}); !s.ok()) {
     return s;
@@ -290,10 +284,10 @@ inline status top_k_per_head(const on_stream& exec, const double* sensitivity, i
                           columns, " columns and k = ", k));
   }
   if (k == 0) return {};
-  if (status s = d::check_array(name, "sensitivity", sensitivity, sizeof(double)); !s.ok()) {
+  if (status s = d::check_array(name, {"sensitivity", sensitivity}); !s.ok()) {
     return s;
   }
-  if (status s = d::check_array(name, "chosen", chosen, sizeof(std::int32_t)); !s.ok()) return s;
+  if (status s = d::check_array(name, {"chosen", chosen}); !s.ok()) return s;
   const d::selection_space space(exec.workspace.data(), columns, scratch);
   const kernel::head_choice choice{value_heads, heads / value_heads, columns / heads, k / heads};
   if (status s = d::mark_best(name, exec.stream, space, sensitivity, choice); !s.ok()) return s;
@@ -313,10 +307,10 @@ inline status add_to_selection(const on_stream& exec, const double* sensitivity,
   std::size_t scratch = 0;
   if (status s = d::check_choice(name, exec, columns, k, scratch); !s.ok()) return s;
   if (columns == 0) return {};
-  if (status s = d::check_array(name, "sensitivity", sensitivity, sizeof(double)); !s.ok()) {
+  if (status s = d::check_array(name, {"sensitivity", sensitivity}); !s.ok()) {
     return s;
   }
-  if (status s = d::check_array(name, "sum", sum, sizeof(double)); !s.ok()) return s;
+  if (status s = d::check_array(name, {"sum", sum}); !s.ok()) return s;
   const d::selection_space space(exec.workspace.data(), columns, scratch);
   if (status s = qeft::detail::launch_kernel(name, kernel::mean_in_order<double>, dim3(1),
                                              kernel::selection_threads, 0, exec.stream, sensitivity,
@@ -351,13 +345,13 @@ inline status weak_last(const on_stream& exec, index_t size, span<const std::int
   std::size_t scratch = 0;
   if (status s = d::check_choice(name, exec, size, weak.size(), scratch); !s.ok()) return s;
   if (size == 0) return {};
-  if (status s = d::check_array(name, "source", source, sizeof(std::int32_t)); !s.ok()) return s;
+  if (status s = d::check_array(name, {"source", source}); !s.ok()) return s;
   const d::selection_space space(exec.workspace.data(), size, scratch);
   const cudaError_t code = cudaMemsetAsync(
       space.is_chosen, 0, static_cast<std::size_t>(size) * sizeof(std::int32_t), exec.stream);
   if (code != cudaSuccess) return qeft::detail::cuda_status(code, "weak_last: cudaMemsetAsync");
   if (!weak.empty()) {
-    if (status s = d::check_array(name, "weak", weak.data(), sizeof(std::int32_t)); !s.ok()) {
+    if (status s = d::check_array(name, {"weak", weak.data()}); !s.ok()) {
       return s;
     }
     if (status s =

@@ -53,7 +53,7 @@ __device__ void few_tokens_block(const few_tokens_args<View, Y, Epilogue>& args,
 
 /// One layer, of which blockIdx.x counts the blocks of rows.
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue>
-__global__ void __launch_bounds__(32 * tuning::most_few_tokens_warps, 1)
+__global__ void __launch_bounds__(32 * tuning::most_few_tokens_warps(RowTiles), 1)
     few_tokens(const __grid_constant__ few_tokens_args<View, Y, Epilogue> args) {
   few_tokens_block<RowTiles, TokenTiles, GroupColumns>(args, static_cast<int>(blockIdx.x));
 }
@@ -69,7 +69,7 @@ struct few_tokens_layers {
 
 /// Several layers, whose blocks of rows follow each other in blockIdx.x.
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue>
-__global__ void __launch_bounds__(32 * tuning::most_few_tokens_warps, 1)
+__global__ void __launch_bounds__(32 * tuning::most_few_tokens_warps(RowTiles), 1)
     few_tokens_of_layers(const __grid_constant__ few_tokens_layers<View, Y, Epilogue> args) {
   int block = static_cast<int>(blockIdx.x);
   int layer = 0;

@@ -6,22 +6,23 @@
 
 namespace qeft::kernel {
 
-/// Tokens of a block of gather.
-inline constexpr int gather_tokens = 16;
+/// Tokens and columns of a block of order_activations.
+inline constexpr int order_tokens = 16;
+inline constexpr int order_threads = 256;
 
 /// to[t][slot] = x[t][activation_column(slot)], the dense columns from 0 on, the weak ones from
-/// `weak_begin` on. Columns between are not written. A thread takes one column of gather_tokens
+/// `weak_begin` on. Columns between are not written. A thread takes one column of order_tokens
 /// tokens (blockIdx.y).
 template <class Weak, class Scalar>
-__global__ void gather(Weak weak, const Scalar* x, index_t tokens, index_t in_channels, Scalar* to,
-                       index_t stride, index_t weak_begin) {
+__global__ void order_activations(Weak weak, const Scalar* x, index_t tokens, index_t in_channels,
+                                  Scalar* to, index_t stride, index_t weak_begin) {
   const index_t slot = static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (slot >= in_channels) return;
   const index_t dense = in_channels - weak.count();
-  const index_t first = static_cast<index_t>(blockIdx.y) * gather_tokens;
+  const index_t first = static_cast<index_t>(blockIdx.y) * order_tokens;
   x += first * in_channels + activation_column(weak, slot, in_channels);
   to += first * stride + (slot < dense ? slot : weak_begin + slot - dense);
-  const int count = static_cast<int>(min(tokens - first, index_t{gather_tokens}));
+  const int count = static_cast<int>(min(tokens - first, index_t{order_tokens}));
 #pragma unroll 4
   for (int t = 0; t < count; ++t, x += in_channels, to += stride) *to = *x;
 }

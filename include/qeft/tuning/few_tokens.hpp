@@ -6,12 +6,13 @@
 
 namespace qeft::tuning {
 
-/// Warps of a block, where they take one tile of 16 rows, of which a layer has few then, and else.
-inline constexpr int most_few_tokens_warps = 9;
-inline constexpr int usual_few_tokens_warps = 5;
+/// Most warps of a block. @param row_tiles of 16 rows that a warp takes: one where there are few
+QEFT_HOST_DEVICE constexpr int most_few_tokens_warps(int row_tiles) noexcept {
+  return row_tiles == 1 ? 9 : 5;
+}
 
 /// Whether codes are asked for to come to the second-level cache before they are loaded: more bytes
-/// under way, which compute capability 9.0 needs.
+/// under way, which compute capability 9.0 needs. Where code is compiled for sm_90a.
 #if defined(QEFT_DEVICE_SM90A)
 inline constexpr bool prefetch_codes = true;
 #else
@@ -27,8 +28,7 @@ struct warp_plan {
 /// As many warps as are good, or fewer if these take as many parts each.
 /// @param row_tiles of a warp
 constexpr warp_plan plan_warps(int parts, int row_tiles) noexcept {
-  const int most = row_tiles == 1 ? most_few_tokens_warps : usual_few_tokens_warps;
-  const auto each = static_cast<int>(ceil_div(parts, most));
+  const auto each = static_cast<int>(ceil_div(parts, most_few_tokens_warps(row_tiles)));
   return {static_cast<int>(ceil_div(parts, each)), each};
 }
 

@@ -246,8 +246,8 @@ class weak_columns {
       : tiles_left_(static_cast<int>(fragment::row_tiles(w.extent())) - row_tile) {
     const int weak_steps = static_cast<int>(fragment::weak_steps(w.extent()));
     steps_ = weak_steps - first / 16;
-    step_ = weak_steps * step_words;
-    values_ = reinterpret_cast<const std::uint32_t*>(w.weak_values) + index_t{row_tile} * step_ +
+    step_ = index_t{weak_steps} * step_words;
+    values_ = reinterpret_cast<const std::uint32_t*>(w.weak_values) + row_tile * step_ +
               first / 16 * step_words + static_cast<int>(threadIdx.x % 32U) * 4;
     unroll<tiles_ahead>([&](auto i) { load<i>(i < tiles_left_); });
   }
@@ -280,7 +280,7 @@ class weak_columns {
 
   int tiles_left_;  // of rows, that are not added yet
   int steps_;       // k-steps that there are from the tile on
-  int step_;        // words from one tile of rows to the next
+  index_t step_;    // words from one tile of rows to the next
   const std::uint32_t* values_;
   std::uint32_t values_of_[tiles_ahead][steps][4] = {};
 };
