@@ -13,15 +13,15 @@ using layer = quantized_matrix_view<Format, weak_tail<>, layout::fragment, devic
 #define QEFT_KERNEL(format, row_tiles, token_tiles, group)                             \
   template __global__ void                                                             \
   few_tokens<row_tiles, token_tiles, group, layer<format>, half_bits, epilogue::none>( \
-      const __grid_constant__ few_tokens_args<layer<format>, half_bits, epilogue::none> args);
+      const __grid_constant__ product_args<layer<format>, half_bits, epilogue::none> args);
 #define QEFT_LAYERS(format, token_tiles, group)                                          \
   template __global__ void                                                               \
   few_tokens_of_layers<2, token_tiles, group, layer<format>, half_bits, epilogue::none>( \
       const __grid_constant__ few_tokens_layers<layer<format>, half_bits, epilogue::none> args);
-#define QEFT_MANY(format, token_warps, group)                                                 \
-  template __global__ void                                                                    \
-  many_tokens<token_warps, group, layer<format>, half_bits, epilogue::none>(                  \
-      const __grid_constant__ few_tokens_args<layer<format>, half_bits, epilogue::none> args, \
+#define QEFT_MANY(format, token_warps, group)                                              \
+  template __global__ void                                                                 \
+  many_tokens<token_warps, group, layer<format>, half_bits, epilogue::none>(               \
+      const __grid_constant__ product_args<layer<format>, half_bits, epilogue::none> args, \
       float* part_sums);
 #define QEFT_KERNELS(format, group) \
   QEFT_MANY(format, 1, group)       \

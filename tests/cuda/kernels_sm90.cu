@@ -15,7 +15,7 @@ using layer = quantized_matrix_view<Format, weak_tail<>, layout::fragment, devic
   template __global__ void                                                      \
   many_tokens_sm90<tokens, group, layer<format>, half_bits, epilogue::none>(    \
       const __grid_constant__ CUtensorMap, const __grid_constant__ CUtensorMap, \
-      const __grid_constant__ few_tokens_args<layer<format>, half_bits, epilogue::none>);
+      const __grid_constant__ product_args<layer<format>, half_bits, epilogue::none>);
 
 QEFT_KERNEL(quant_format<4>, 64, 128)
 QEFT_KERNEL(quant_format<4>, 128, 128)

@@ -84,7 +84,7 @@ std::vector<Y> product(By by, const qeft::quantized_matrix<fragment, qeft::devic
   device_array<Y> y(tokens * d.out_channels);
   qeft::visit_weak(d, w.weak_index().data(), [&](auto weak) {
     const auto view = as_tail(w.template view<Format>(weak));
-    const qeft::kernel::few_tokens_args<std::decay_t<decltype(view)>, Y, Epilogue> args{
+    const qeft::kernel::product_args<std::decay_t<decltype(view)>, Y, Epilogue> args{
         view,
         device_x.data(),
         device_x.data() + x.weak_at,
@@ -198,7 +198,7 @@ void check_choices() {
 bool is_built_in(index_t tokens) {
   using view = qeft::quantized_matrix_view<quant_format<4>, qeft::weak_tail<>, fragment,
                                            qeft::device_memory>;
-  qeft::kernel::few_tokens_args<view, float, qeft::epilogue::none> args{};
+  qeft::kernel::product_args<view, float, qeft::epilogue::none> args{};
   args.w.out_channels = 4096;
   args.tokens = static_cast<int>(tokens);
   const bool has = detail::has_many_tokens_sm90(args);

@@ -245,11 +245,6 @@ class dense_product {
     sums inputs_;  // of x, for what scaled zero points leave
   };
 
-  /// ceil(a / b) in 32 bits.
-  static __device__ constexpr int ceil_quotient(index_t a, index_t b) {
-    return static_cast<int>(quotient(a + b - 1, b));
-  }
-
   code_stream codes_;
   group_state group_;
 };

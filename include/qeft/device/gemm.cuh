@@ -58,7 +58,7 @@ constexpr int most_shared_bytes() noexcept {
 /// What the kernel of several layers takes; of[i] is of layer i, or any behind the last one.
 template <class View, class Y, class Epilogue, int Layers, int... Index>
 kernel::few_tokens_layers<View, Y, Epilogue> in_one_launch(
-    const kernel::few_tokens_args<View, Y, Epilogue> (&layers)[Layers], index_t rows,
+    const kernel::product_args<View, Y, Epilogue> (&layers)[Layers], index_t rows,
     std::integer_sequence<int, Index...>) {
   return {{layers[Index < Layers ? Index : 0]...},
           {(Index < Layers ? static_cast<int>(
@@ -69,8 +69,7 @@ kernel::few_tokens_layers<View, Y, Epilogue> in_one_launch(
 /// One launch for layers of the same IC, k and group size.
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue,
           int Layers>
-status launch_few(cudaStream_t stream,
-                  kernel::few_tokens_args<View, Y, Epilogue> (&layers)[Layers]) {
+status launch_few(cudaStream_t stream, kernel::product_args<View, Y, Epilogue> (&layers)[Layers]) {
   using product = block::few_tokens_product<View, RowTiles, TokenTiles, GroupColumns>;
   constexpr int most_shared = most_shared_bytes<product>();
   static_assert(most_shared <= 99 * 1024, "more than a device of compute capability 8.6 has");
@@ -108,8 +107,7 @@ status launch_any(cudaStream_t stream, const View& w, const X* x, index_t tokens
 }
 
 template <class View, class Y, class Epilogue, int Layers>
-status launch_few(cudaStream_t stream,
-                  kernel::few_tokens_args<View, Y, Epilogue> (&layers)[Layers]) {
+status launch_few(cudaStream_t stream, kernel::product_args<View, Y, Epilogue> (&layers)[Layers]) {
   int multiprocessors = 0;
   if (status s = qeft::detail::device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount);
       !s.ok()) {
@@ -146,15 +144,15 @@ status launch_order(cudaStream_t stream, const View& w, const activation_plan& p
 template <class View, class X, class Y, class Epilogue>
 auto few_args(const View& w, const activation_plan& plan, const X* x, index_t tokens, Y* y,
               const Epilogue& epilogue) {
-  return kernel::few_tokens_args<decltype(as_tail(w)), Y, Epilogue>{as_tail(w),
-                                                                    x,
-                                                                    x + plan.weak_at,
-                                                                    static_cast<int>(plan.stride),
-                                                                    static_cast<int>(tokens),
-                                                                    y,
-                                                                    epilogue,
-                                                                    parts_of(w),
-                                                                    1};
+  return kernel::product_args<decltype(as_tail(w)), Y, Epilogue>{as_tail(w),
+                                                                 x,
+                                                                 x + plan.weak_at,
+                                                                 static_cast<int>(plan.stride),
+                                                                 static_cast<int>(tokens),
+                                                                 y,
+                                                                 epilogue,
+                                                                 parts_of(w),
+                                                                 1};
 }
 
 /// Puts activations in order where that is needed, and picks the kernel. @pre supports_gemm
@@ -167,7 +165,7 @@ status launch(const on_stream& exec, const View& w, const X* x, index_t tokens, 
     if (status s = launch_order(exec.stream, w, plan, x, tokens, to); !s.ok()) return s;
     x = to;
   }
-  kernel::few_tokens_args<decltype(as_tail(w)), Y, Epilogue> layers[] = {
+  kernel::product_args<decltype(as_tail(w)), Y, Epilogue> layers[] = {
       few_args(w, plan, x, tokens, y, epilogue)};
   if (tokens < tuning::many_tokens_from) return launch_few(exec.stream, layers);
   const auto& args = layers[0];

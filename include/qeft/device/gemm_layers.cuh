@@ -83,7 +83,7 @@ status launch_layers(const on_stream& exec, const layer_output<View, Y, Epilogue
       }
     }
   }
-  kernel::few_tokens_args<decltype(as_tail(layers[0].w)), Y, Epilogue> args[] = {few_args(
+  kernel::product_args<decltype(as_tail(layers[0].w)), Y, Epilogue> args[] = {few_args(
       layers[Index].w, plan, x_of[Index], tokens, layers[Index].y, layers[Index].epilogue)...};
   return launch_few(exec.stream, args);
 }

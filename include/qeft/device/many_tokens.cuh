@@ -29,7 +29,7 @@ inline index_t part_sums_bytes(const tuning::parts& parts, index_t out_channels,
 
 /// @param part_sums of part_sums_bytes, or null
 template <int TokenWarps, index_t GroupColumns, class View, class Y, class Epilogue>
-status launch_many(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Epilogue>& args,
+status launch_many(cudaStream_t stream, const kernel::product_args<View, Y, Epilogue>& args,
                    float* part_sums) {
   using activations = block::activations<typename View::scalar_type, tuning::many_token_tiles,
                                          tuning::many_row_warps, TokenWarps>;
@@ -52,7 +52,7 @@ status launch_many(cudaStream_t stream, const kernel::few_tokens_args<View, Y, E
 }
 
 template <class View, class Y, class Epilogue>
-status launch_many(cudaStream_t stream, const kernel::few_tokens_args<View, Y, Epilogue>& args,
+status launch_many(cudaStream_t stream, const kernel::product_args<View, Y, Epilogue>& args,
                    float* part_sums) {
   return with_group_columns(args.w, [&](auto group_columns) {
     return tuning::many_token_warps(args.tokens) == 1

@@ -62,7 +62,7 @@ status make_tensor_map(CUtensorMap& map, const Scalar* x, index_t columns, int t
 /// the code was made for sm_90a. Any other code of the kernel has no static shared memory. (All
 /// that a unit instantiates is made for the same architectures.)
 template <class View, class Y, class Epilogue>
-bool has_many_tokens_sm90(const kernel::few_tokens_args<View, Y, Epilogue>&) {
+bool has_many_tokens_sm90(const kernel::product_args<View, Y, Epilogue>&) {
   int major = 0;
   if (!device_attribute(major, cudaDevAttrComputeCapabilityMajor).ok() || major != 9) {
     return false;
@@ -76,7 +76,7 @@ bool has_many_tokens_sm90(const kernel::few_tokens_args<View, Y, Epilogue>&) {
 
 template <int Tokens, index_t GroupColumns, class View, class Y, class Epilogue>
 status launch_many_tokens_sm90(cudaStream_t stream,
-                               const kernel::few_tokens_args<View, Y, Epilogue>& args) {
+                               const kernel::product_args<View, Y, Epilogue>& args) {
   using tune = tuning::many_tokens_sm90;
   using scalar = typename View::scalar_type;
   using ring = block::activation_ring<scalar, Tokens>;
@@ -105,7 +105,7 @@ status launch_many_tokens_sm90(cudaStream_t stream,
 }
 template <int Tokens, class View, class Y, class Epilogue>
 status launch_many_tokens_sm90(cudaStream_t stream,
-                               const kernel::few_tokens_args<View, Y, Epilogue>& args) {
+                               const kernel::product_args<View, Y, Epilogue>& args) {
   return with_group_columns(args.w, [&](auto group_columns) {
     return launch_many_tokens_sm90<Tokens, group_columns>(stream, args);
   });
@@ -113,7 +113,7 @@ status launch_many_tokens_sm90(cudaStream_t stream,
 /// Y = X W^T, for any number of tokens from 1 on: picks the kernel. @pre has_many_tokens_sm90(args)
 template <class View, class Y, class Epilogue>
 status launch_many_tokens_sm90(cudaStream_t stream,
-                               const kernel::few_tokens_args<View, Y, Epilogue>& args) {
+                               const kernel::product_args<View, Y, Epilogue>& args) {
   using tune = tuning::many_tokens_sm90;
   if constexpr (View::format_type::zero != zero_kind::scaled) {  // whose sums need more registers
     int multiprocessors = 0;
@@ -131,7 +131,7 @@ status launch_many_tokens_sm90(cudaStream_t stream,
 /// Whether that can be used, and the product is not for kernels that take fewer tokens or spread
 /// the parts of columns over blocks.
 template <class View, class Y, class Epilogue>
-bool suits_many_tokens_sm90(const kernel::few_tokens_args<View, Y, Epilogue>& args) {
+bool suits_many_tokens_sm90(const kernel::product_args<View, Y, Epilogue>& args) {
   using tune = tuning::many_tokens_sm90;
   int multiprocessors = 0;
   return device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount).ok() &&

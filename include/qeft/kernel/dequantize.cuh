@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(dequantize_threads)
   constexpr int together = tile_type::together;
   __shared__ typename tile_type::shared_storage shared;
 
-  const index_t blocks = quotient(w.in_channels + columns - 1, columns);
+  const index_t blocks = ceil_quotient(w.in_channels, columns);
   const index_t row_tile = quotient(blockIdx.x, blocks);
   const index_t first_column = (blockIdx.x - row_tile * blocks) * columns;
   const index_t first = row_tile * tile_type::rows * w.in_channels + first_column;

@@ -3,28 +3,14 @@
 #pragma once
 
 #include "qeft/block/few_tokens_product.cuh"
-#include "qeft/thread/epilogue.hpp"
+#include "qeft/kernel/product_args.cuh"
 
 namespace qeft::kernel {
-
-/// What a launch is about, passed by value.
-template <class View, class Y, class Epilogue>
-struct few_tokens_args {
-  View w;                                     // weak_tail over layout::fragment
-  const typename View::scalar_type* dense_x;  // (tokens, IC - k), 16-byte aligned
-  const typename View::scalar_type* weak_x;   // (tokens, k), 16-byte aligned
-  int stride;                                 // of both, a multiple of 8
-  int tokens;
-  Y* y;  // (tokens, OC)
-  Epilogue epilogue;
-  tuning::parts parts;
-  int parts_each = 1;  // that a warp takes in a row
-};
 
 /// Rows from row_block * RowTiles * 16 on, and 8 * TokenTiles tokens (blockIdx.y). All threads of a
 /// block take part, with all of its shared memory.
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue>
-__device__ void few_tokens_block(const few_tokens_args<View, Y, Epilogue>& args, int row_block) {
+__device__ void few_tokens_block(const product_args<View, Y, Epilogue>& args, int row_block) {
   using product = block::few_tokens_product<View, RowTiles, TokenTiles, GroupColumns>;
   extern __shared__ uint4 shared[];
 
@@ -54,7 +40,7 @@ __device__ void few_tokens_block(const few_tokens_args<View, Y, Epilogue>& args,
 /// One layer, of which blockIdx.x counts the blocks of rows.
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue>
 __global__ void __launch_bounds__(32 * tuning::most_few_tokens_warps(RowTiles), 1)
-    few_tokens(const __grid_constant__ few_tokens_args<View, Y, Epilogue> args) {
+    few_tokens(const __grid_constant__ product_args<View, Y, Epilogue> args) {
   few_tokens_block<RowTiles, TokenTiles, GroupColumns>(args, static_cast<int>(blockIdx.x));
 }
 
@@ -63,7 +49,7 @@ inline constexpr int most_layers = 4;
 
 template <class View, class Y, class Epilogue>
 struct few_tokens_layers {
-  few_tokens_args<View, Y, Epilogue> of[most_layers];
+  product_args<View, Y, Epilogue> of[most_layers];
   int row_blocks[most_layers];  // of each layer; behind the last one 0
 };
 

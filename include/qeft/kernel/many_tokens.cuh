@@ -3,8 +3,9 @@
 #pragma once
 
 #include "qeft/block/activations.cuh"
-#include "qeft/kernel/few_tokens.cuh"
+#include "qeft/kernel/product_args.cuh"
 #include "qeft/tuning/many_tokens.hpp"
+#include "qeft/warp/part_product.cuh"
 
 namespace qeft::kernel {
 
@@ -14,7 +15,7 @@ namespace qeft::kernel {
 /// @param part_sums (parts, tokens, OC) or null
 template <int TokenWarps, index_t GroupColumns, class View, class Y, class Epilogue>
 __global__ void __launch_bounds__(32 * tuning::many_row_warps * TokenWarps, 2 / TokenWarps)
-    many_tokens(const __grid_constant__ few_tokens_args<View, Y, Epilogue> args, float* part_sums) {
+    many_tokens(const __grid_constant__ product_args<View, Y, Epilogue> args, float* part_sums) {
   constexpr int row_tiles = tuning::many_row_tiles;
   constexpr int token_tiles = tuning::many_token_tiles;
   constexpr int rows = tuning::many_block_rows;
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(32 * tuning::many_row_warps * TokenWarps, 2 / 
 /// Y = the parts' sums added in their order, of token blockIdx.y.
 /// @param part_sums (parts, tokens, OC)
 template <class View, class Y, class Epilogue>
-__global__ void add_parts(const __grid_constant__ few_tokens_args<View, Y, Epilogue> args,
+__global__ void add_parts(const __grid_constant__ product_args<View, Y, Epilogue> args,
                           const float* part_sums) {
   const index_t channels = args.w.out_channels;
   const index_t channel = static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x;

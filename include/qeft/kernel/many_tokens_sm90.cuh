@@ -4,7 +4,7 @@
 
 #include "qeft/block/dense_product.cuh"
 #include "qeft/block/weak_product.cuh"
-#include "qeft/kernel/few_tokens.cuh"
+#include "qeft/kernel/product_args.cuh"
 
 namespace qeft::kernel {
 
@@ -41,7 +41,7 @@ template <int Tokens, index_t GroupColumns, class View, class Y, class Epilogue>
 __global__ void __launch_bounds__(tuning::many_tokens_sm90::threads, 1)
     many_tokens_sm90(const __grid_constant__ CUtensorMap dense_x,
                      const __grid_constant__ CUtensorMap weak_x,
-                     const __grid_constant__ few_tokens_args<View, Y, Epilogue> args) {
+                     const __grid_constant__ product_args<View, Y, Epilogue> args) {
 #if QEFT_DEVICE_SM90A
   using tune = tuning::many_tokens_sm90;
   using scalar = typename View::scalar_type;

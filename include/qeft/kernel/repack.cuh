@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(32 * repack_warps<To>)
   std::uint32_t* const tile = shared[warp];
 
   const index_t n_tile = blockIdx.x;
-  const index_t k_tiles = quotient(e.dense + columns - 1, columns);
+  const index_t k_tiles = ceil_quotient(e.dense, columns);
   for (index_t k_tile = blockIdx.y * warps + warp; k_tile < k_tiles; k_tile += gridDim.y * warps) {
     for (int i = lane; i < words; i += 32) tile[i] = 0;
     __syncwarp();

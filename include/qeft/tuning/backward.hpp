@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the gradients of a layer are spread over a device: whatever the device and the number of
-// tokens, so that results depend on neither.
+// How the gradients of a layer are spread over a device. Not by the number of tokens or
+// multiprocessors, so that results depend on neither.
 #pragma once
 
 namespace qeft::tuning {

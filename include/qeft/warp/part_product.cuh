@@ -2,6 +2,7 @@
 // What a warp contributes to Y = X W^T: some rows of W, some of its columns, a few tokens.
 #pragma once
 
+#include "qeft/tuning/few_tokens.hpp"
 #include "qeft/warp/activations.cuh"
 #include "qeft/warp/group_scales.cuh"
 
@@ -499,11 +500,6 @@ class part_product {
     sums<RowTiles, TokenTiles> codes_;  // of (q - z) x
     sums<1, TokenTiles> inputs_;        // of x, for what scaled zero points leave
   };
-
-  /// ceil(a / b) in 32 bits.
-  static __device__ constexpr int ceil_quotient(index_t a, index_t b) {
-    return static_cast<int>(quotient(static_cast<int>(a) + static_cast<int>(b) - 1, b));
-  }
 
   const View& w_;
   int column_tiles_;
