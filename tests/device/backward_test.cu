@@ -36,7 +36,7 @@ template <class X, class Format, class Scalar>
 std::vector<X> input_gradient_of(const device_matrix& w, const Scalar* dy, index_t tokens) {
   device_array<X> dx(tokens * w.descriptor().in_channels);
   with_view<Format>(w, [&](const auto& view) {
-    device_array<std::byte> space(input_gradient_workspace_bytes(on_stream{}, view, tokens));
+    device_array<std::byte> space(input_gradient_workspace_bytes(on_stream{}, view, dy, tokens));
     const on_stream exec{nullptr, {space.data(), space.size()}};
     check_done(w, input_gradient(exec, view, dy, tokens, dx.data()), "input_gradient");
   });
@@ -290,7 +290,7 @@ void check_refusals() {
   device_array<half_bits> x_weak(2 * 16);
   device_array<float> dw(40 * 16);
   const auto view = w.view<quant_format<4>>(qeft::weak_tail<>{{16}});
-  const index_t bytes = input_gradient_workspace_bytes(on_stream{}, view, 2);
+  const index_t bytes = input_gradient_workspace_bytes(on_stream{}, view, dy.data(), 2);
   device_array<std::byte> space(bytes);
   const on_stream exec{nullptr, {space.data(), bytes}};
   check(cudaMemset(dx.data(), 0x55, 2 * 300 * sizeof(float)), "cudaMemset");

@@ -168,8 +168,9 @@ plain_layer random_case(random_source& random, index_t max_elements) {
   }
   if (d.weak != weak_kind::none) {
     const index_t units = d.in_channels / d.heads;
-    const index_t k =
-        random.pick<index_t>({0, 1, std::min<index_t>(units, 16), random.integer(0, units), units});
+    const auto at_most = [units](index_t k) { return std::min(units, k); };
+    const index_t k = random.pick<index_t>(
+        {0, 1, at_most(16), at_most(48), at_most(128), random.integer(0, units), units});
     d.weak_columns = k * d.heads;
   }
   return random_layer(d, random);

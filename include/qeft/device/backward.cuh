@@ -108,10 +108,11 @@ status weak_gradient(const on_stream& exec, index_t out_channels, index_t k, con
 
 }  // namespace device::detail
 
-/// Bytes of workspace that input_gradient needs.
-template <class F, class W, class L, class M>
+/// Bytes of workspace that input_gradient needs with these operands.
+template <class F, class W, class L, class M, class Y>
 index_t input_gradient_workspace_bytes(const on_stream&, const quantized_matrix_view<F, W, L, M>& w,
-                                       index_t tokens) {
+                                       const Y*, index_t tokens) {
+  device::detail::check_types<quantized_matrix_view<F, W, L, M>, Y>();
   return device::detail::plan_input_gradient(w, tokens).bytes;
 }
 
@@ -127,7 +128,7 @@ status supports_input_gradient(const on_stream& exec, const quantized_matrix_vie
   constexpr const char* name = "input_gradient";
   if (status s = d::check_layer(name, w); !s.ok()) return s;
   if (status s = d::check_tokens(name, tokens, {{"dy", dy}, {"dx", dx}}); !s.ok()) return s;
-  const index_t bytes = input_gradient_workspace_bytes(exec, w, tokens);
+  const index_t bytes = input_gradient_workspace_bytes(exec, w, dy, tokens);
   if (status s = d::check_workspace(name, exec, bytes); !s.ok()) return s;
   return d::check_capability(name);
 }
@@ -266,12 +267,12 @@ status weak_gradient(const on_stream& exec, const quantized_matrix_view<F, W, L,
 
 template <class Formats = device_formats, class M, class Y>
 index_t input_gradient_workspace_bytes(const on_stream& exec,
-                                       const quantized_matrix<layout::fragment, M>& w, const Y*,
+                                       const quantized_matrix<layout::fragment, M>& w, const Y* dy,
                                        index_t tokens) {
   index_t bytes = 0;
   static_cast<void>(
       device::detail::with_view<Formats, Y>("input_gradient", w, [&](const auto& view) {
-        bytes = input_gradient_workspace_bytes(exec, view, tokens);
+        bytes = input_gradient_workspace_bytes(exec, view, dy, tokens);
         return status{};
       }));
   return bytes;

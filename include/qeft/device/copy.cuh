@@ -55,6 +55,13 @@ status copy_array(cudaStream_t stream, const char* what, span<const T> from, spa
 
 }  // namespace device::detail
 
+/// Whether copy would accept these operands, and why not.
+template <class Layout, class From, class To>
+status supports_copy(const on_stream&, const quantized_matrix<Layout, From>& from,
+                     const quantized_matrix<Layout, To>& to) {
+  return device::detail::check_same("copy", from.descriptor(), to.descriptor());
+}
+
 /// `to` becomes the same layer as `from`, every byte of it, index of weak columns included.
 ///
 /// Never synchronises the device. Between matrices of the device, and with pinned memory on the
@@ -70,7 +77,7 @@ template <class Layout, class From, class To>
 status copy(const on_stream& exec, const quantized_matrix<Layout, From>& from,
             quantized_matrix<Layout, To>& to) {
   namespace d = device::detail;
-  if (status s = d::check_same("copy", from.descriptor(), to.descriptor()); !s.ok()) return s;
+  if (status s = supports_copy(exec, from, to); !s.ok()) return s;
   if (static_cast<const void*>(&from) == static_cast<const void*>(&to)) return {};
   const auto part = [&](const char* what, auto source, auto destination) {
     return d::copy_array<typename From::space, typename To::space>(exec.stream, what, source,

@@ -126,6 +126,17 @@ status repack(const on_stream& exec, const quantized_matrix<From, FromMemory>& f
       .run();
 }
 
+/// Whether permute_rows would accept these operands, and why not.
+template <class From, class To, class FromMemory, class ToMemory>
+status supports_permute_rows(const on_stream&, const std::int32_t* source,
+                             const quantized_matrix<From, FromMemory>& from,
+                             const quantized_matrix<To, ToMemory>& to) {
+  namespace d = device::detail;
+  if (status s = d::check_change("permute_rows", from, to); !s.ok()) return s;
+  if (from.descriptor().out_channels == 0) return {};  // made without arguments, or moved from
+  return d::check_array("permute_rows", {"source", source});
+}
+
 /// Output channel n of `to` becomes output channel source[n] of `from`: codes, scales, zero points
 /// and weak columns move; with another layout they are repacked as well. The bytes are those of
 /// permuting first and packing then (METHOD section 4).
@@ -133,16 +144,16 @@ status repack(const on_stream& exec, const quantized_matrix<From, FromMemory>& f
 /// @param source (OC) in device memory, a permutation: entries outside of [0, OC) are read out of
 ///               bounds
 /// @param from @param to as for repack
-/// @return as repack
+/// @return what supports_permute_rows says, or that a launch failed; then `to` may be half written
 template <class From, class To, class FromMemory, class ToMemory>
 status permute_rows(const on_stream& exec, const std::int32_t* source,
                     const quantized_matrix<From, FromMemory>& from,
                     quantized_matrix<To, ToMemory>& to) {
-  namespace d = device::detail;
-  if (status s = d::check_change("permute_rows", from, to); !s.ok()) return s;
+  if (status s = supports_permute_rows(exec, source, from, to); !s.ok()) return s;
   if (from.descriptor().out_channels == 0) return {};
-  if (source == nullptr) return d::refuse("permute_rows: source is null");
-  return d::layout_change<From, To, FromMemory, ToMemory>{exec.stream, from, to, {source}}.run();
+  return device::detail::layout_change<From, To, FromMemory, ToMemory>{
+      exec.stream, from, to, {source}}
+      .run();
 }
 
 }  // namespace QEFT_TARGET
