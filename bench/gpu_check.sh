@@ -35,7 +35,7 @@ fi
 commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
 
 step "Build for $device"
-flags=(-std=c++17 -O3 -w -lineinfo -cudart shared "${architectures[@]}"
+flags=(-std=c++17 -O3 -w -lineinfo --split-compile=0 -cudart shared "${architectures[@]}"
   -I"$root/include" -I"$root/tests" -I"$root/bench")
 g++ -std=c++17 -O2 -w -I"$root/include" -I"$root/tests" -c "$root/tests/support/cases.cpp" \
   -o "$work/cases.o" || exit 1
