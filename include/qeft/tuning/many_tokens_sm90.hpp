@@ -45,13 +45,13 @@ struct many_tokens_sm90 {
     int row;
     int token;
   };
-  /// The place of a cluster in the order of launch: bands of tokens, in each row after row, so that
-  /// what runs together has few rows and few tokens.
-  /// @param rows of clusters
-  QEFT_HOST_DEVICE static constexpr place place_of(int cluster, int rows, int tokens) noexcept {
-    const int first = cluster / (band * rows) * band;
-    const int width = tokens - first < band ? tokens - first : band;
-    const int in_band = cluster - first * rows;
+  /// The i-th place, of so many blocks of rows and of tokens: bands of tokens, in each row after row,
+  /// so that what runs together has few rows and few tokens.
+  QEFT_HOST_DEVICE static constexpr place place_of(int i, int row_blocks,
+                                                   int token_blocks) noexcept {
+    const int first = i / (band * row_blocks) * band;
+    const int width = token_blocks - first < band ? token_blocks - first : band;
+    const int in_band = i - first * row_blocks;
     return {in_band / width, first + in_band % width};
   }
 };
