@@ -102,11 +102,14 @@ constexpr double rounding() {
   return std::is_same_v<Y, qeft::bf16_bits> ? 0x1p-8 : 0;
 }
 
-/// The error of a sum of products as a part of what it may be: u |y| + 8 eps32 sum |w x| + 2^-24.
+/// The error of a sum of products as a part of what it may be: u |y| + 8 eps32 sum |w x|; for FP16
+/// also half of its smallest number.
 template <class Y>
 double error_of(Y got, double exact, double magnitude) {
   const auto y = static_cast<double>(qeft::to_float(got));
-  const double bound = rounding<Y>() * std::abs(exact) + 8 * 0x1p-23 * magnitude + 0x1p-24;
+  const double bound = rounding<Y>() * std::abs(exact) + 8 * 0x1p-23 * magnitude +
+                       (std::is_same_v<Y, qeft::half_bits> ? 0x1p-25 : 0.0);
+  if (y == exact) return 0;
   return std::isfinite(y) ? std::abs(y - exact) / bound : INFINITY;
 }
 
