@@ -43,15 +43,6 @@ std::vector<X> input_gradient_of(const device_matrix& w, const Scalar* dy, index
   return to_host(dx);
 }
 
-/// The error of a sum as a part of u |y| + 8 eps32 times the sum of its terms' sizes.
-template <class Y>
-double strict_error(Y got, double exact, double magnitude) {
-  const auto y = static_cast<double>(qeft::to_float(got));
-  if (y == exact) return 0;
-  if (!std::isfinite(y)) return INFINITY;
-  return std::abs(y - exact) / (rounding<Y>() * std::abs(exact) + 8 * 0x1p-23 * magnitude);
-}
-
 /// The largest error of dX = dY W. @param dy (tokens, OC)  @param dx (tokens, IC)
 template <class Scalar, class X>
 double input_gradient_error(const plain_layer& layer, const std::vector<Scalar>& dy,
@@ -74,7 +65,7 @@ double input_gradient_error(const plain_layer& layer, const std::vector<Scalar>&
       }
     }
     for (index_t c = 0; c < ic; ++c) {
-      worst = std::max(worst, strict_error(dx[at(t * ic + c)], sum[at(c)], magnitude[at(c)]));
+      worst = std::max(worst, error_of(dx[at(t * ic + c)], sum[at(c)], magnitude[at(c)]));
     }
   }
   return worst;
@@ -139,7 +130,7 @@ void compare_weak_gradient(const plain_layer& layer, const device_matrix& w,
       sum += term;
       magnitude += std::abs(term);
     }
-    worst = std::max(worst, strict_error(once[at(i)], sum, magnitude));
+    worst = std::max(worst, error_of(once[at(i)], sum, magnitude));
   }
   check_error(layer, worst, "weak_gradient");
   with_view<Format>(w, [&](const auto& view) {
