@@ -8,14 +8,9 @@
 
 #include "device/measure.cuh"
 #include "qeft/qeft.cuh"
+#include "support/shape.hpp"
 
 namespace qeft_bench {
-
-struct shape {
-  const char* name;
-  index_t out_channels;
-  index_t in_channels;
-};
 
 /// Linears as inference engines fuse them.
 inline constexpr shape shapes[] = {

@@ -10,16 +10,11 @@
 #include "qeft/container/quantized_matrix.hpp"
 #include "qeft/core/math.hpp"
 #include "support/limits.hpp"
+#include "support/shape.hpp"
 
 namespace qeft_bench {
 
 using qeft::index_t;
-
-struct shape {
-  const char* name;
-  index_t out_channels;
-  index_t in_channels;
-};
 
 /// Every different linear of the three models; k and v of Llama-2 are as its q.
 inline constexpr shape shapes[] = {
