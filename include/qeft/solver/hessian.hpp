@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Hessian of a layer's squared output error, accumulated sample by sample (METHOD section 2).
+// The Hessian of a layer's squared output error, and the cross moments of asymmetric calibration,
+// accumulated sample by sample (METHOD sections 2 and 9).
 #pragma once
 
 #include <vector>
@@ -13,14 +14,16 @@ namespace qeft::solver {
 inline namespace QEFT_TARGET {
 
 namespace detail {
-/// What both accumulators ask of a sample; `who` names the function.
-inline void check_sample(const on_host& exec, const float* x, index_t tokens, index_t in_channels,
-                         const char* who) {
+/// What all accumulators ask of a sample; `who` names the function, `what` the array.
+inline void check_sample(const on_host& exec, const float* x, index_t tokens, index_t channels,
+                         const char* who, const char* what = "x (tokens x in_channels)") {
   if (tokens < 0) {
     fail(errc::invalid_argument, text(who, ": tokens is ", tokens, ", but must not be negative"));
   }
-  check_finite(exec, x, tokens, in_channels, text(who, ": x (tokens x in_channels)"));
+  check_finite(exec, x, tokens, channels, text(who, ": ", what));
 }
+
+inline constexpr index_t moment_tile = 192;  // a few tiles per thread even at 576 channels
 }  // namespace detail
 
 /// diag(H) alone, for the choice of weak columns before any layer is quantised: (in_channels) sums
@@ -136,11 +139,69 @@ class hessian_accumulator {
   }
 
  private:
-  static constexpr index_t tile = 192;  // a few tiles per thread even at 576 channels
+  static constexpr index_t tile = detail::moment_tile;
 
   index_t n_;
   index_t tokens_ = 0;
   host_buffer<float> sum_;  // upper tiles of X X^T
+};
+
+/// 2 A B^T / T over T tokens, for two arrays that are given token by token side by side. With
+/// a = x_fp - x_q, the difference between a layer's inputs in the full-precision and the quantised
+/// model, and b = x_q this is D of METHOD section 9; with a = h_fp - h_q, that of the residual
+/// stream, it is R. Sums as hessian_accumulator's: FP32, one task per tile, tokens in order.
+class cross_accumulator {
+ public:
+  /// @param rows channels of a  @param cols channels of b
+  cross_accumulator(index_t rows, index_t cols) : rows_(rows), cols_(cols) {
+    if (rows < 1 || cols < 1) {
+      fail(errc::invalid_argument, text("cross_accumulator: rows is ", rows, " and cols ", cols,
+                                        ", but both must be positive"));
+    }
+    sum_.resize(static_cast<std::size_t>(checked_product(rows, cols, "cross_accumulator")));
+  }
+
+  /// Adds a sample: a is (tokens, rows) and b (tokens, cols), both row-major. Throws not_finite
+  /// naming token and channel; the sum is then unchanged.
+  void add(const on_host& exec, const float* a, const float* b, index_t tokens) {
+    detail::check_sample(exec, a, tokens, rows_, "cross_accumulator::add", "a (tokens x rows)");
+    detail::check_sample(exec, b, tokens, cols_, "cross_accumulator::add", "b (tokens x cols)");
+    if (tokens == 0) return;
+    const index_t tiles_across = ceil_div(cols_, tile);
+    exec.parallel_for(ceil_div(rows_, tile) * tiles_across, 1, [&](index_t begin, index_t end) {
+      for (index_t t = begin; t < end; ++t) {
+        const index_t r = t / tiles_across * tile;
+        const index_t c = t % tiles_across * tile;
+        const index_t rows = std::min(tile, rows_ - r);
+        const index_t cols = std::min(tile, cols_ - c);
+        map_rows(sum_.data() + r * cols_ + c, rows, cols, cols_).noalias() +=
+            map_rows(a + r, tokens, rows, rows_).transpose() * map_rows(b + c, tokens, cols, cols_);
+      }
+    });
+    tokens_ += tokens;
+  }
+
+  /// Moves the moment out, (rows, cols) row-major; zero without tokens. The accumulator is spent.
+  host_buffer<float> finish() && {
+    const double factor = tokens_ == 0 ? 0.0 : 2.0 / static_cast<double>(tokens_);
+    for (index_t i = 0; i < rows_ * cols_; ++i) {
+      float& sum = sum_[static_cast<std::size_t>(i)];
+      sum = static_cast<float>(static_cast<double>(sum) * factor);
+      if (!std::isfinite(sum)) {
+        fail(errc::not_finite, text("cross_accumulator::finish: the moment overflows at row ",
+                                    i / cols_, ", column ", i % cols_));
+      }
+    }
+    return std::move(sum_);
+  }
+
+ private:
+  static constexpr index_t tile = detail::moment_tile;
+
+  index_t rows_;
+  index_t cols_;
+  index_t tokens_ = 0;
+  host_buffer<float> sum_;  // A B^T
 };
 
 }  // namespace QEFT_TARGET

@@ -10,6 +10,7 @@
 
 #include "qeft/container/pack.hpp"
 #include "qeft/container/quantized_matrix.hpp"
+#include "qeft/core/host_buffer.hpp"
 #include "qeft/core/text.hpp"
 #include "qeft/reorder/permutation.hpp"
 #include "qeft/solver/cholesky.hpp"
@@ -47,7 +48,7 @@ struct layer_options {
 
 struct layer_report {
   std::optional<double> output_error;   // E = tr(dW H dW^T), undamped H; empty without a Hessian
-  std::optional<double> squared_error;  // ||dW||^2, dW = W - dequantised, dead inputs included
+  std::optional<double> squared_error;  // ||dW||^2, dW = target - dequantised, dead inputs included
   double damping = 0.0;                 // lambda that was used; above the option when H needed more
   std::vector<std::int32_t> dead_inputs;  // input columns with H_jj = 0
   double factor_seconds = 0.0;
@@ -58,6 +59,7 @@ struct layer_report {
 struct layer_result {
   quantized_matrix<> matrix;  // weak columns `indexed` (or none), dense columns in original order
   layer_report report;
+  host_buffer<float> target;  // (OC, IC) that was approximated instead of W; empty for W itself
 };
 
 namespace detail {

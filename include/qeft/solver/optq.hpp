@@ -49,11 +49,11 @@ inline solve_order make_solve_order(const layer_builder& builder, const layer_op
 /// One solve of a layer; rows are independent given U.
 class optq_solver {
  public:
-  /// @param w      (OC, IC) original weights
+  /// @param target (OC, IC) weights to approximate
   /// @param factor U over `order`
-  optq_solver(const float* w, const layer_options& options, const solve_order& order,
+  optq_solver(const float* target, const layer_options& options, const solve_order& order,
               const inverse_factor& factor, layer_builder& builder)
-      : w_(w),
+      : target_(target),
         options_(options),
         order_(order),
         factor_(factor),
@@ -115,7 +115,7 @@ class optq_solver {
 
   void load(tile_state& s) const {
     for (index_t r = 0; r < s.rows; ++r) {
-      const float* from = w_ + (s.first_row + r) * n_;
+      const float* from = target_ + (s.first_row + r) * n_;
       float* to = s.w.data() + r * n_;
       for (index_t p = 0; p < n_; ++p) to[p] = from[order_.input[static_cast<std::size_t>(p)]];
     }
@@ -197,7 +197,7 @@ class optq_solver {
     }
   }
 
-  const float* w_;
+  const float* target_;
   const layer_options& options_;
   const solve_order& order_;
   const inverse_factor& factor_;

@@ -10,6 +10,7 @@
 #include "qeft/solver/layer_error.hpp"
 #include "qeft/solver/optq.hpp"
 #include "qeft/solver/rtn.hpp"
+#include "qeft/solver/target.hpp"
 
 namespace qeft::solver {
 inline namespace QEFT_TARGET {
@@ -17,22 +18,20 @@ inline namespace QEFT_TARGET {
 namespace detail {
 
 inline void check_layer(const on_host& exec, span<const float> w, index_t out_channels,
-                        index_t in_channels, span<const float> h, const layer_options& o) {
+                        index_t in_channels, span<const float> h, const layer_options& o,
+                        span<const float> mismatch) {
   check(o, out_channels, in_channels);
-  const auto sized = [](const char* what, index_t size, index_t rows, index_t cols) {
-    if (size == rows * cols) return;
-    fail(errc::invalid_argument, text("quantize_layer: ", what, " has ", size,
-                                      " elements, but must have ", rows, " x ", cols));
-  };
-  sized("w", w.size(), out_channels, in_channels);
+  check_matrix(exec, w, out_channels, in_channels, "quantize_layer: w");
   if (o.method == layer_method::optq || !h.empty()) {
-    sized("the Hessian", h.size(), in_channels, in_channels);
-  }
-  check_finite(exec, w.data(), out_channels, in_channels, "quantize_layer: w");
-  if (!h.empty()) {
-    check_finite(exec, h.data(), in_channels, in_channels, "quantize_layer: the Hessian");
+    check_matrix(exec, h, in_channels, in_channels, "quantize_layer: the Hessian");
     check_symmetric(exec, h.data(), in_channels, "quantize_layer: the Hessian");
   }
+  if (mismatch.empty()) return;
+  if (o.method == layer_method::rtn) {
+    fail(errc::invalid_argument,
+         "quantize_layer: the method is RTN, which compensates nothing, but a mismatch is given");
+  }
+  check_matrix(exec, mismatch, out_channels, in_channels, "quantize_layer: the mismatch");
 }
 
 class stopwatch {
@@ -58,12 +57,17 @@ class stopwatch {
 ///
 /// OPTQ sets robust columns of dead inputs (H_jj = 0) to zero; RTN and weak columns keep them. With
 /// a Hessian of zeros OPTQ equals RTN.
+///
+/// With a mismatch M (asymmetric calibration, METHOD section 9) OPTQ approximates the target
+/// W + M (H + l I)^-1 instead of W, l being the damping that the factorisation used. The errors in
+/// the report are then those against the target.
 /// @param w (out_channels, in_channels), row-major
 /// @param h (in_channels, in_channels), symmetric; may be empty for layer_method::rtn
+/// @param mismatch M, (out_channels, in_channels), as output_mismatch returns it; OPTQ only
 inline layer_result quantize_layer(const on_host& exec, span<const float> w, index_t out_channels,
                                    index_t in_channels, span<const float> h,
-                                   const layer_options& options) {
-  detail::check_layer(exec, w, out_channels, in_channels, h, options);
+                                   const layer_options& options, span<const float> mismatch = {}) {
+  detail::check_layer(exec, w, out_channels, in_channels, h, options, mismatch);
   detail::layer_builder builder(out_channels, in_channels, options);
   layer_result result;
   detail::stopwatch watch;
@@ -71,9 +75,14 @@ inline layer_result quantize_layer(const on_host& exec, span<const float> w, ind
     detail::solve_rtn(exec, w.data(), in_channels, options, builder);
   } else {
     const detail::solve_order order = detail::make_solve_order(builder, options, h);
+    const permutation positions(order.input);
     inverse_factor factor =
-        factor_inverse(exec, h, permutation(order.input), builder.extent().dense, options.damping);
+        factor_inverse(exec, h, positions, builder.extent().dense, options.damping);
     result.report.factor_seconds = watch.lap();
+    if (!mismatch.empty()) {
+      result.target = asymmetric_target(exec, w, mismatch, out_channels, positions, factor);
+      w = result.target;
+    }
     detail::optq_solver(w.data(), options, order, factor, builder).run(exec);
     result.report.damping = factor.damping;
     result.report.dead_inputs = std::move(factor.dead_inputs);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The streamed Hessian against its definition in double.
+// The streamed Hessian and cross moments against their definitions in double.
 #include "qeft/solver/hessian.hpp"
 #include "qeft/core/host_buffer.hpp"
 
@@ -15,6 +15,7 @@ namespace {
 
 using qeft::index_t;
 using qeft::on_host;
+using qeft::solver::cross_accumulator;
 using qeft::solver::hessian_accumulator;
 
 std::vector<float> make_activations(index_t tokens, index_t ic) {
@@ -157,4 +158,86 @@ TEST_CASE("a Hessian that overflows FP32 is refused") {
   h.add(on_host(1), x.data(), 1);
   CHECK_THROWS_AS(std::move(h).finish(), qeft::error);
   CHECK_THROWS_AS(hessian_accumulator(0), qeft::error);
+}
+
+TEST_CASE("a cross moment is 2 A B^T / tokens") {
+  const index_t tokens = 70;
+  for (const index_t rows : {1, 5, 193, 400}) {
+    for (const index_t cols : {1, 192, 250}) {
+      const auto a = make_activations(tokens, rows);
+      const auto b = make_activations(tokens, cols);
+      const auto moment_of = [&](int threads) {
+        const on_host exec(threads);
+        cross_accumulator m(rows, cols);
+        m.add(exec, a.data(), b.data(), 30);
+        m.add(exec, a.data() + 30 * rows, b.data() + 30 * cols, 0);
+        m.add(exec, a.data() + 30 * rows, b.data() + 30 * cols, 40);
+        return std::move(m).finish();
+      };
+      const auto m = moment_of(2);
+      REQUIRE(static_cast<index_t>(m.size()) == rows * cols);
+      CHECK(m == moment_of(1));
+      CHECK(m == moment_of(3));
+      for (index_t r = 0; r < rows; ++r) {
+        for (index_t c = 0; c < cols; ++c) {
+          double sum = 0.0;
+          double size = 0.0;
+          for (index_t t = 0; t < tokens; ++t) {
+            const double product = static_cast<double>(a[static_cast<std::size_t>(t * rows + r)]) *
+                                   static_cast<double>(b[static_cast<std::size_t>(t * cols + c)]);
+            sum += product;
+            size += std::abs(product);
+          }
+          const auto got = static_cast<double>(m[static_cast<std::size_t>(r * cols + c)]);
+          REQUIRE(std::abs(got - 2.0 * sum / 70.0) <= 1e-6 * 2.0 * size / 70.0);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("the cross moment of an array with itself is its Hessian") {
+  const index_t ic = 230;
+  const auto x = make_activations(60, ic);
+  cross_accumulator m(ic, ic);
+  m.add(on_host(2), x.data(), x.data(), 60);
+  const auto moment = std::move(m).finish();
+  const auto h = hessian_of(on_host(2), x, ic, {60});
+  for (index_t r = 0; r < ic; ++r) {
+    for (index_t c = 0; c < ic; ++c) {
+      const auto at = [&](index_t i, index_t j) { return h[static_cast<std::size_t>(i * ic + j)]; };
+      const float size = std::sqrt(at(r, r) * at(c, c));
+      REQUIRE(std::abs(moment[static_cast<std::size_t>(r * ic + c)] - at(r, c)) <= 1e-6F * size);
+    }
+  }
+}
+
+TEST_CASE("cross moments refuse what hessians refuse") {
+  const on_host exec(2);
+  const auto a = make_activations(50, 30);
+  const auto b = make_activations(50, 20);
+  cross_accumulator m(30, 20);
+  m.add(exec, a.data(), b.data(), 50);
+  CHECK_THROWS_WITH(m.add(exec, a.data(), b.data(), -5), qeft_test::contains("tokens is -5"));
+  for (const float bad : {std::nanf(""), INFINITY, -INFINITY}) {
+    auto broken = a;
+    broken[17 * 30 + 4] = bad;
+    CHECK_THROWS_WITH(m.add(exec, broken.data(), b.data(), 50),
+                      qeft_test::contains("add: a (tokens x rows): row 17, column 4"));
+    broken = b;
+    broken[18 * 20 + 5] = bad;
+    CHECK_THROWS_WITH(m.add(exec, a.data(), broken.data(), 50),
+                      qeft_test::contains("add: b (tokens x cols): row 18, column 5"));
+  }
+  cross_accumulator same(30, 20);
+  same.add(exec, a.data(), b.data(), 50);
+  CHECK(std::move(m).finish() == std::move(same).finish());
+
+  CHECK(std::move(cross_accumulator(2, 3)).finish() == qeft::host_buffer<float>(6, 0.0F));
+  CHECK_THROWS_WITH(cross_accumulator(0, 3), qeft_test::contains("rows is 0 and cols 3"));
+  CHECK_THROWS_WITH(cross_accumulator(3, -1), qeft_test::contains("rows is 3 and cols -1"));
+  const std::vector<float> large{1.0F, 1e30F};
+  cross_accumulator overflow(2, 2);
+  overflow.add(exec, large.data(), large.data(), 1);
+  CHECK_THROWS_WITH(std::move(overflow).finish(), qeft_test::contains("row 1, column 1"));
 }
