@@ -63,16 +63,18 @@ void factor(benchmark::State& state, const machine& m, index_t channels) {
 }
 
 template <class Search>
-void search(benchmark::State& state, int bits, const Search& find) {
+void search(benchmark::State& state, int bits, bool weighted, const Search& find) {
   constexpr index_t group = 128;
   constexpr index_t groups = 64;
   const auto w = random_floats(group * groups);
+  std::vector<float> importance = random_floats(weighted ? group : 0, 5);
+  for (float& v : importance) v = 0.01F + v * v;
   solver::group_format f;
   f.bits = bits;
   for (auto _ : state) {
     for (index_t g = 0; g < groups; ++g) {
       const qeft::span<const float> weights(w.data() + g * group, group);
-      benchmark::DoNotOptimize(find(weights, f, solver::group_search_options{}));
+      benchmark::DoNotOptimize(find(weights, f, solver::group_search_options{}, importance));
     }
   }
   count_weights(state, group * groups);
@@ -106,9 +108,11 @@ int main(int argc, char** argv) {
     for (const int bits : {4, 3}) {
       const std::string width = std::to_string(bits) + "bit/1t";
       add("group_search/pruned/" + width,
-          [=](benchmark::State& state) { search(state, bits, solver::pruned_search); });
+          [=](benchmark::State& state) { search(state, bits, false, solver::pruned_search); });
+      add("group_search/weighted/" + width,
+          [=](benchmark::State& state) { search(state, bits, true, solver::pruned_search); });
       add("group_search/exhaustive/" + width,
-          [=](benchmark::State& state) { search(state, bits, solver::exhaustive_search); });
+          [=](benchmark::State& state) { search(state, bits, false, solver::exhaustive_search); });
     }
     for (const machine& m : machines()) {
       for (const index_t channels : {576, 1536, 4096}) {

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scale and zero point of one group of weights (METHOD section 3, step 4): an exhaustive
-// definition, and a search that skips only candidates which provably cannot win.
+// The scale and zero point of one group of weights (METHOD section 3, step 4, and section 9): an
+// exhaustive definition, and a search that skips only candidates which provably cannot win.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "qeft/core/half.hpp"
 #include "qeft/core/math.hpp"
@@ -25,8 +26,9 @@ enum class search_method {
 
 struct group_search_options {
   search_method method = search_method::grid;
-  int steps = 40;     // P: ranges i / P for i = 1 .. P (100 without OPTQ in the authors' code)
-  double norm = 2.4;  // p of mean |w - Q(w)|^p, in [1, 8]; 2 in the paper's text
+  int steps = 40;         // P: ranges i / P for i = 1 .. P (100 without OPTQ in the authors' code)
+  double norm = 2.4;      // p of mean |w - Q(w)|^p, in [1, 8]; 2 in the paper's text
+  bool weighted = false;  // OPTQ: errors weighted by 1 / U_jj^2, what the solver pays for them
 };
 
 /// The part of a format that a group search depends on.
@@ -126,16 +128,19 @@ group_choice make_choice(const group_format& f, Scalar scale, int zero) {
   return {scale.bits, stored, quantizer_of(f, scale, stored)};
 }
 
-/// min(w, 0) and max(w, 0).
 struct weight_range {
-  float low = 0.0F;
-  float high = 0.0F;
+  float lowest = std::numeric_limits<float>::infinity();    // min(w)
+  float highest = -std::numeric_limits<float>::infinity();  // max(w)
+  float low;                                                // min(w, 0)
+  float high;                                               // max(w, 0)
 
   explicit weight_range(span<const float> w) {
     for (const float x : w) {
-      low = x < low ? x : low;
-      high = x > high ? x : high;
+      lowest = x < lowest ? x : lowest;
+      highest = x > highest ? x : highest;
     }
+    low = std::min(lowest, 0.0F);
+    high = std::max(highest, 0.0F);
   }
   double largest() const { return std::max(-static_cast<double>(low), static_cast<double>(high)); }
   /// Scale that spreads all codes over i / steps of the range (symmetric: of [-largest, largest]).
@@ -210,9 +215,51 @@ auto visit_norm(double p, float normalize, Visitor&& visitor) {
   return visitor(power_norm{normalize, static_cast<float>(p)});
 }
 
-/// sum |w - Q(w)|^p, in a fixed order; once it exceeds `limit`, any partial sum above it.
+/// What the error e of weight i costs: |e|^p.
 template <class Norm>
-double group_error(span<const float> w, const group_quantizer& q, const Norm& norm, double limit) {
+struct equal_cost {
+  Norm norm;
+  float operator()(index_t, float e) const noexcept { return norm(e); }
+  float normalize() const noexcept { return norm.normalize; }
+  /// The p-th root of the importance of the weights that equal `value`.
+  double root_at(span<const float>, float /*value*/, double /*p*/) const noexcept { return 1.0; }
+};
+
+/// importance_i |e|^p
+template <class Norm>
+struct weighted_cost {
+  Norm norm;
+  const float* importances;
+  float operator()(index_t i, float e) const noexcept { return importances[i] * norm(e); }
+  float normalize() const noexcept { return norm.normalize; }
+  double root_at(span<const float> w, float value, double p) const {
+    float largest = 0.0F;
+    for (index_t i = 0; i < w.size(); ++i) {
+      if (w[i] == value) largest = std::max(largest, importances[i]);
+    }
+    return std::pow(static_cast<double>(largest), 1.0 / p);
+  }
+};
+
+/// Calls visitor(cost) with the functor of the error of weights w.
+template <class Visitor>
+auto visit_cost(span<const float> w, double p, span<const float> importance, Visitor&& visitor) {
+  const float normalize = normalizer(weight_range(w).largest());
+  return visit_norm(p, normalize, [&](const auto& norm) {
+    using norm_type = std::decay_t<decltype(norm)>;
+    if (importance.empty()) return visitor(equal_cost<norm_type>{norm});
+    // Only ratios count: no sum overflows, and what underflows does not matter.
+    std::vector<float> relative(importance.begin(), importance.end());
+    const float largest = *std::max_element(relative.begin(), relative.end());
+    for (float& v : relative) v = largest > 0.0F ? v / largest : 1.0F;
+    return visitor(weighted_cost<norm_type>{norm, relative.data()});
+  });
+}
+
+/// The sum of cost(i, w_i - Q(w_i)), in a fixed order; once it exceeds `limit`, any partial sum
+/// above it.
+template <class Cost>
+double group_error(span<const float> w, const group_quantizer& q, const Cost& cost, double limit) {
   constexpr index_t lanes = 16;
   constexpr index_t block = 64;
   double total = 0.0;
@@ -222,9 +269,13 @@ double group_error(span<const float> w, const group_quantizer& q, const Norm& no
     float sum[lanes] = {};
     index_t i = 0;
     for (; i + lanes <= count; i += lanes) {
-      for (index_t l = 0; l < lanes; ++l) sum[l] += norm(x[i + l] - q.nearest(x[i + l]));
+      for (index_t l = 0; l < lanes; ++l) {
+        sum[l] += cost(begin + i + l, x[i + l] - q.nearest(x[i + l]));
+      }
     }
-    for (index_t l = 0; i + l < count; ++l) sum[l] += norm(x[i + l] - q.nearest(x[i + l]));
+    for (index_t l = 0; i + l < count; ++l) {
+      sum[l] += cost(begin + i + l, x[i + l] - q.nearest(x[i + l]));
+    }
     for (index_t half = lanes / 2; half > 0; half /= 2) {
       for (index_t l = 0; l < half; ++l) sum[l] += sum[l + half];
     }
@@ -266,8 +317,8 @@ struct best_candidate {
   }
 };
 
-template <class Scalar, class Norm>
-group_choice exhaustive(span<const float> w, const group_format& f, int steps, const Norm& norm) {
+template <class Scalar, class Cost>
+group_choice exhaustive(span<const float> w, const group_format& f, int steps, const Cost& cost) {
   const weight_range range(w);
   const auto [first_zero, last_zero] = zero_candidates(f);
   best_candidate best;
@@ -275,7 +326,7 @@ group_choice exhaustive(span<const float> w, const group_format& f, int steps, c
     const auto scale = store_scale<Scalar>(range.scale(f, i, steps));
     for (int z = first_zero; z <= last_zero; ++z) {
       const group_choice candidate = make_choice<Scalar>(f, scale, z);
-      best.offer(candidate, group_error(w, candidate.quantizer, norm,
+      best.offer(candidate, group_error(w, candidate.quantizer, cost,
                                         std::numeric_limits<double>::infinity()));
     }
   }
@@ -283,58 +334,78 @@ group_choice exhaustive(span<const float> w, const group_format& f, int steps, c
 }
 
 template <class Scalar>
-group_choice minmax(span<const float> w, const group_format& f) {
-  const weight_range range(w);
+group_choice minmax(const weight_range& range, const group_format& f) {
   const auto scale = store_scale<Scalar>(range.scale(f, 1, 1));
   return make_choice<Scalar>(f, scale, range.zero_point(f, to_float(scale)));
 }
 
-/// The largest error of a single weight in a sum sum |e|^p: a candidate that clips an extreme
-/// weight by more loses against that sum.
-template <class Norm>
-double largest_error(double sum, double p, const Norm& norm) {
-  constexpr double rounding = 1.001;               // all of group_error's and power_norm's
-  const double underflow = std::exp2(-120.0 / p);  // what power_norm takes for 0 is smaller
-  return (rounding * std::pow(sum, 1.0 / p) + underflow) / static_cast<double>(norm.normalize);
-}
+/// How much of a group's lowest and highest weight a candidate may clip.
+template <class Cost>
+class clipping_bound {
+ public:
+  clipping_bound(span<const float> w, const weight_range& range, double p, const Cost& cost)
+      : p_(p),
+        normalize_(static_cast<double>(cost.normalize())),
+        lowest_{static_cast<double>(range.lowest), cost.root_at(w, range.lowest, p), 0.0},
+        highest_{static_cast<double>(range.highest), cost.root_at(w, range.highest, p), 0.0} {}
 
-/// By how much a window [lowest, highest] of representable values clips the group's extreme
-/// weights.
-inline double clipping(const weight_range& range, const group_quantizer& q) {
-  const double below = static_cast<double>(q.value(q.lower)) - static_cast<double>(range.low);
-  const double above = static_cast<double>(range.high) - static_cast<double>(q.value(q.upper));
-  return std::max(below, above);
-}
+  /// A candidate that clips one of the two by more loses against this sum.
+  void set(double sum) {
+    constexpr double rounding = 1.001;                // all of group_error's and power_norm's
+    const double underflow = std::exp2(-120.0 / p_);  // what a cost takes for 0 is smaller
+    const double largest = (rounding * std::pow(sum, 1.0 / p_) + underflow) / normalize_;
+    lowest_.limit = largest / lowest_.root;
+    highest_.limit = largest / highest_.root;
+  }
 
-/// By how much a window of this width clips at one of its ends, wherever it lies.
-inline double least_clipping(const weight_range& range, const group_format& f, float scale) {
-  const double width = static_cast<double>(range.high) - static_cast<double>(range.low);
-  return (width - static_cast<double>(scale) * ((1 << f.bits) - 1)) / 2.0;
-}
+  /// Whether a window [lowest, highest] of representable values clips too much.
+  bool excludes(const group_quantizer& q) const {
+    return static_cast<double>(q.value(q.lower)) - lowest_.weight > lowest_.limit ||
+           highest_.weight - static_cast<double>(q.value(q.upper)) > highest_.limit;
+  }
 
-template <class Scalar, class Norm>
+  /// Whether every window of this width does, wherever it lies.
+  bool excludes_width(double width) const {
+    return highest_.weight - lowest_.weight - width > lowest_.limit + highest_.limit;
+  }
+
+ private:
+  struct extreme {
+    double weight;
+    double root;   // of its importance
+    double limit;  // infinite when its importance is 0
+  };
+  double p_;
+  double normalize_;
+  extreme lowest_;
+  extreme highest_;
+};
+
+template <class Scalar, class Cost>
 group_choice pruned(span<const float> w, const group_format& f, int steps, double p,
-                    const Norm& norm) {
+                    const Cost& cost) {
   const weight_range range(w);
   const auto [first_zero, last_zero] = zero_candidates(f);
   // The unclipped range is a good first bound.
   best_candidate best;
-  best.choice = minmax<Scalar>(w, f);
-  best.error = group_error(w, best.choice.quantizer, norm, best.error);
+  best.choice = minmax<Scalar>(range, f);
+  best.error = group_error(w, best.choice.quantizer, cost, best.error);
   best.guessed = true;
-  double limit = largest_error(best.error, p, norm);
+  clipping_bound<Cost> bound(w, range, p, cost);
+  bound.set(best.error);
 
   std::uint16_t previous = 0;
   for (int i = steps; i >= 1; --i) {
     const auto scale = store_scale<Scalar>(range.scale(f, i, steps));
     if (scale.bits == previous) continue;  // rounded to a scale that was just tried
     previous = scale.bits;
-    if (least_clipping(range, f, to_float(scale)) > limit) break;  // windows only get narrower
+    // Windows only get narrower.
+    if (bound.excludes_width(static_cast<double>(to_float(scale)) * ((1 << f.bits) - 1))) break;
     for (int z = first_zero; z <= last_zero; ++z) {
       const group_choice candidate = make_choice<Scalar>(f, scale, z);
-      if (clipping(range, candidate.quantizer) > limit) continue;
-      if (best.offer(candidate, group_error(w, candidate.quantizer, norm, best.error))) {
-        limit = largest_error(best.error, p, norm);
+      if (bound.excludes(candidate.quantizer)) continue;
+      if (best.offer(candidate, group_error(w, candidate.quantizer, cost, best.error))) {
+        bound.set(best.error);
       }
     }
   }
@@ -352,31 +423,34 @@ auto visit_scalar(scalar_kind kind, Visitor&& visitor) {
 /// both sides of zero), and the zero point that goes with it.
 /// @pre w is finite, is_supported_bits(f.bits)
 inline group_choice minmax_params(span<const float> w, const group_format& f) {
-  return detail::visit_scalar(f.scalar, [&](auto s) { return detail::minmax<decltype(s)>(w, f); });
+  return detail::visit_scalar(
+      f.scalar, [&](auto s) { return detail::minmax<decltype(s)>(detail::weight_range(w), f); });
 }
 
 /// The definition of the grid search: of all ranges i / steps of [min(w, 0), max(w, 0)], i = steps
 /// .. 1, and all zero points 0 .. 2^bits - 1 (symmetric: the middle), each rounded as it will be
-/// stored, the first with the least sum |w - Q(w)|^p. A scale that would be stored as zero becomes
-/// the smallest, one that would overflow the largest of its type.
-/// @pre w is finite, check(o) passes, is_supported_bits(f.bits)
+/// stored, the first with the least sum importance_j |w_j - Q(w_j)|^p. A scale that would be stored
+/// as zero becomes the smallest, one that would overflow the largest of its type.
+/// @param importance of every weight, or empty: all equal; only their ratios count
+/// @pre w is finite, check(o) passes, is_supported_bits(f.bits); importances are finite and not
+///      negative (0: the weight does not count; all 0: all equal)
 inline group_choice exhaustive_search(span<const float> w, const group_format& f,
-                                      const group_search_options& o) {
-  const float normalize = detail::normalizer(detail::weight_range(w).largest());
-  return detail::visit_norm(o.norm, normalize, [&](const auto& norm) {
+                                      const group_search_options& o,
+                                      span<const float> importance = {}) {
+  return detail::visit_cost(w, o.norm, importance, [&](const auto& cost) {
     return detail::visit_scalar(
-        f.scalar, [&](auto s) { return detail::exhaustive<decltype(s)>(w, f, o.steps, norm); });
+        f.scalar, [&](auto s) { return detail::exhaustive<decltype(s)>(w, f, o.steps, cost); });
   });
 }
 
 /// The result of exhaustive_search, without evaluating candidates whose clipping error alone
 /// exceeds the best error so far. Same preconditions.
 inline group_choice pruned_search(span<const float> w, const group_format& f,
-                                  const group_search_options& o) {
-  const float normalize = detail::normalizer(detail::weight_range(w).largest());
-  return detail::visit_norm(o.norm, normalize, [&](const auto& norm) {
+                                  const group_search_options& o,
+                                  span<const float> importance = {}) {
+  return detail::visit_cost(w, o.norm, importance, [&](const auto& cost) {
     return detail::visit_scalar(
-        f.scalar, [&](auto s) { return detail::pruned<decltype(s)>(w, f, o.steps, o.norm, norm); });
+        f.scalar, [&](auto s) { return detail::pruned<decltype(s)>(w, f, o.steps, o.norm, cost); });
   });
 }
 
@@ -387,10 +461,12 @@ inline bool fits(span<const float> w, const group_format& f) {
       f.scalar, [&](auto s) { return detail::fits<decltype(s)>(detail::weight_range(w), f); });
 }
 
-/// The search that `o.method` names.
+/// The search that `o.method` names. `importance` as in exhaustive_search; min-max has no use for
+/// it.
 inline group_choice find_params(span<const float> w, const group_format& f,
-                                const group_search_options& o) {
-  return o.method == search_method::minmax ? minmax_params(w, f) : pruned_search(w, f, o);
+                                const group_search_options& o, span<const float> importance = {}) {
+  return o.method == search_method::minmax ? minmax_params(w, f)
+                                           : pruned_search(w, f, o, importance);
 }
 
 }  // namespace QEFT_TARGET

@@ -117,8 +117,10 @@ class layer_builder {
 
   /// Searches the parameters of a group for these weights and stores them. Throws when the weights
   /// do not fit the scalar type.
+  /// @param importance of every weight, or empty: all equal
   group_quantizer find_params(index_t row, index_t group, span<const float> weights,
-                              const group_search_options& search) {
+                              const group_search_options& search,
+                              span<const float> importance = {}) {
     if (!fits(weights, format_)) {
       const detail::weight_range range(weights);
       fail(errc::not_finite,
@@ -126,7 +128,7 @@ class layer_builder {
                 range.low, " to ", range.high, ", which overflows the group parameters in ",
                 to_string(format_.scalar)));
     }
-    const group_choice choice = solver::find_params(weights, format_, search);
+    const group_choice choice = solver::find_params(weights, format_, search, importance);
     choices_[static_cast<std::size_t>(row * extent_.groups + group)] = {choice.scale_bits,
                                                                         choice.zero};
     return choice.quantizer;

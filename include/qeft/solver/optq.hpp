@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -62,7 +63,9 @@ class optq_solver {
         n_(e_.dense + e_.weak),
         static_groups_(options.static_groups || options.act_order),
         group_size_(builder.group_size()),
-        err_stride_(std::min(options.tuning.block_columns, std::max<index_t>(e_.dense, 1))) {}
+        err_stride_(std::min(options.tuning.block_columns, std::max<index_t>(e_.dense, 1))) {
+    if (options.search.weighted) find_importances();
+  }
 
   void run(const on_host& exec) const {
     const index_t tile = options_.tuning.tile_rows;
@@ -113,26 +116,45 @@ class optq_solver {
     return std::min(begin + length, e_.dense);
   }
 
+  /// The solver pays err^2 = (w - q)^2 / U_jj^2 for a column; nothing where the input is dead.
+  void find_importances() {
+    importances_.resize(static_cast<std::size_t>(e_.dense));
+    for (index_t p = 0; p < e_.dense; ++p) {
+      const auto u = static_cast<double>(factor_.u[static_cast<std::size_t>(p * (n_ + 1))]);
+      constexpr double largest = std::numeric_limits<float>::max();
+      importances_[static_cast<std::size_t>(order_.dense[static_cast<std::size_t>(p)])] =
+          is_zeroed(p) ? 0.0F : static_cast<float>(std::min(1.0 / (u * u), largest));
+    }
+  }
+
+  /// A robust column whose input is always zero becomes zero, which frees the range of its group.
+  /// If all inputs are dead nothing is known, and the weights stay.
+  bool is_zeroed(index_t position) const {
+    const auto& dead = factor_.dead_inputs;
+    return static_cast<index_t>(dead.size()) != n_ &&
+           std::binary_search(dead.begin(), dead.end(),
+                              order_.input[static_cast<std::size_t>(position)]);
+  }
+
   void load(tile_state& s) const {
     for (index_t r = 0; r < s.rows; ++r) {
       const float* from = target_ + (s.first_row + r) * n_;
       float* to = s.w.data() + r * n_;
       for (index_t p = 0; p < n_; ++p) to[p] = from[order_.input[static_cast<std::size_t>(p)]];
     }
-    // A robust column whose input is always zero becomes zero, which frees the range of its group.
-    // If all inputs are dead nothing is known, and the weights stay.
-    if (static_cast<index_t>(factor_.dead_inputs.size()) == n_) return;
     for (index_t p = 0; p < e_.dense; ++p) {
-      const auto& dead = factor_.dead_inputs;
-      if (std::binary_search(dead.begin(), dead.end(), order_.input[static_cast<std::size_t>(p)])) {
-        for (index_t r = 0; r < s.rows; ++r) s.w[static_cast<std::size_t>(r * n_ + p)] = 0.0F;
-      }
+      if (!is_zeroed(p)) continue;
+      for (index_t r = 0; r < s.rows; ++r) s.w[static_cast<std::size_t>(r * n_ + p)] = 0.0F;
     }
   }
 
   void find_group(tile_state& s, index_t r, index_t g, span<const float> weights) const {
+    span<const float> importance;
+    if (options_.search.weighted) {
+      importance = {importances_.data() + g * group_size_, weights.size()};
+    }
     s.quantizers[static_cast<std::size_t>(r * e_.groups + g)] =
-        builder_.find_params(s.first_row + r, g, weights, options_.search);
+        builder_.find_params(s.first_row + r, g, weights, options_.search, importance);
   }
 
   void find_static_params(tile_state& s) const {
@@ -206,7 +228,8 @@ class optq_solver {
   index_t n_;
   bool static_groups_;
   index_t group_size_;
-  index_t err_stride_;  // columns of a block, at most
+  index_t err_stride_;              // columns of a block, at most
+  std::vector<float> importances_;  // (dense columns), of a weighted search
 };
 
 }  // namespace detail

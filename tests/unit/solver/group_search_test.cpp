@@ -67,13 +67,29 @@ std::vector<float> make_group(int kind, std::size_t size, std::mt19937& rng) {
 }
 constexpr int kinds = 12;
 
-double mean_error(const std::vector<float>& w, const group_choice& c, double p) {
+/// From 1e-6 to 1e6.
+std::vector<float> make_importance(std::size_t size, std::mt19937& rng) {
+  std::uniform_real_distribution<float> exponent(-6.0F, 6.0F);
+  std::vector<float> importance(size);
+  for (float& v : importance) v = std::pow(10.0F, exponent(rng));
+  return importance;
+}
+
+/// @param importance may be empty: all equal
+double mean_error(const std::vector<float>& w, const group_choice& c, double p,
+                  const std::vector<float>& importance = {}) {
   double sum = 0.0;
-  for (const float x : w) {
-    sum +=
-        std::pow(std::abs(static_cast<double>(x) - static_cast<double>(c.quantizer.nearest(x))), p);
+  for (std::size_t i = 0; i < w.size(); ++i) {
+    const double e =
+        std::abs(static_cast<double>(w[i]) - static_cast<double>(c.quantizer.nearest(w[i])));
+    sum += (importance.empty() ? 1.0 : static_cast<double>(importance[i])) * std::pow(e, p);
   }
   return sum / static_cast<double>(w.size());
+}
+
+void require_same(const group_choice& a, const group_choice& b) {
+  REQUIRE(a.scale_bits == b.scale_bits);
+  REQUIRE(a.zero == b.zero);
 }
 
 group_format make_format(int bits, int zero, int scalar) {
@@ -122,12 +138,13 @@ TEST_CASE("the pruned search returns what the exhaustive search returns") {
               group_search_options o;
               o.norm = p;
               o.steps = bits == 8 ? 5 : (i % 2 == 0 ? 40 : 100);
-              const group_choice slow = qeft::solver::exhaustive_search(w, f, o);
-              const group_choice fast = qeft::solver::pruned_search(w, f, o);
               INFO("bits " << bits << " zero " << zero << " scalar " << scalar << " kind " << kind
                            << " size " << size << " p " << p);
-              REQUIRE(fast.scale_bits == slow.scale_bits);
-              REQUIRE(fast.zero == slow.zero);
+              require_same(qeft::solver::pruned_search(w, f, o),
+                           qeft::solver::exhaustive_search(w, f, o));
+              const auto importance = make_importance(size, rng);
+              require_same(qeft::solver::pruned_search(w, f, o, importance),
+                           qeft::solver::exhaustive_search(w, f, o, importance));
               ++searched;
             }
           }
@@ -140,12 +157,16 @@ TEST_CASE("the pruned search returns what the exhaustive search returns") {
 
 TEST_CASE("the search is never worse than any candidate of the definition, in double") {
   std::mt19937 rng(5);
-  for (int zero = 0; zero < 3; ++zero) {
+  for (int which = 0; which < 6; ++which) {
+    const int zero = which % 3;
+    const bool weighted = which >= 3;
     for (int kind : {0, 1, 2, 3, 8, 10}) {
       const auto w = make_group(kind, 64, rng);
+      const auto importance = weighted ? make_importance(64, rng) : std::vector<float>{};
       const group_format f = make_format(3, zero, 0);
       const group_search_options o;
-      const double found = mean_error(w, qeft::solver::pruned_search(w, f, o), o.norm);
+      const double found =
+          mean_error(w, qeft::solver::pruned_search(w, f, o, importance), o.norm, importance);
       double low = 0.0;
       double high = 0.0;
       for (const float x : w) {
@@ -165,21 +186,80 @@ TEST_CASE("the search is never worse than any candidate of the definition, in do
                                  static_cast<float>(std::max(-65504.0, -s * z))))))
                   : -s * z;
           double sum = 0.0;
-          for (const float x : w) {
+          for (std::size_t j = 0; j < w.size(); ++j) {
             double best = INFINITY;
             for (int q = 0; q < 8; ++q) {
-              best = std::min(best, std::abs(static_cast<double>(x) - (s * q + offset)));
+              best = std::min(best, std::abs(static_cast<double>(w[j]) - (s * q + offset)));
             }
-            sum += std::pow(best, o.norm);
+            sum += (weighted ? static_cast<double>(importance[j]) : 1.0) * std::pow(best, o.norm);
           }
           least = std::min(least, sum / static_cast<double>(w.size()));
         }
       }
-      INFO("zero " << zero << " kind " << kind);
+      INFO("zero " << zero << " kind " << kind << " weighted " << weighted);
       CHECK(found <= least * (1.0 + 1e-4));
       CHECK(found >= least * (1.0 - 1e-4));
     }
   }
+}
+
+TEST_CASE("equal importances change no choice, and only ratios count") {
+  std::mt19937 rng(17);
+  for (int kind = 0; kind < kinds; ++kind) {
+    const auto w = make_group(kind, 100, rng);
+    const auto importance = make_importance(100, rng);
+    for (int zero = 0; zero < 3; ++zero) {
+      const group_format f = make_format(4, zero, kind % 2);
+      group_search_options o;
+      o.norm = kind % 3 == 0 ? 2.0 : 2.4;
+      const group_choice plain = qeft::solver::pruned_search(w, f, o);
+      for (const float equal : {1.0F, 0.3F, 3e38F, 1e-45F, 0.0F}) {
+        const std::vector<float> all(100, equal);
+        require_same(qeft::solver::pruned_search(w, f, o, all), plain);
+        require_same(qeft::solver::exhaustive_search(w, f, o, all), plain);
+      }
+      const group_choice weighted = qeft::solver::pruned_search(w, f, o, importance);
+      for (const float factor : {0x1p-100F, 0x1p100F}) {
+        auto scaled = importance;
+        for (float& v : scaled) v *= factor;
+        require_same(qeft::solver::pruned_search(w, f, o, scaled), weighted);
+      }
+    }
+  }
+}
+
+TEST_CASE("the choice follows the importance, to its extremes") {
+  std::mt19937 rng(19);
+  const group_format f = make_format(3, 1, 0);
+  const group_search_options o;
+  for (std::size_t favourite = 0; favourite < 40; ++favourite) {
+    const auto w = make_group(0, 40, rng);
+    for (const float others : {0.0F, 1e-45F, 1e-30F}) {
+      std::vector<float> importance(40, others);
+      importance[favourite] = 1.0F;
+      const group_choice c = qeft::solver::pruned_search(w, f, o, importance);
+      require_same(c, qeft::solver::exhaustive_search(w, f, o, importance));
+      const auto error = [&](const group_choice& choice) {
+        return std::abs(w[favourite] - choice.quantizer.nearest(w[favourite]));
+      };
+      CHECK(error(c) <= error(qeft::solver::pruned_search(w, f, o)));
+      CHECK(error(c) <= 5e-4F);
+    }
+  }
+  // The extreme weights may be what counts for nothing.
+  std::vector<float> w = make_group(0, 64, rng);
+  w[3] = -5.0F;
+  w[60] = 7.0F;
+  std::vector<float> importance(64, 1.0F);
+  importance[3] = importance[60] = 0.0F;
+  const group_choice c = qeft::solver::pruned_search(w, f, o, importance);
+  require_same(c, qeft::solver::exhaustive_search(w, f, o, importance));
+  CHECK(c.quantizer.scale < 0.1F * qeft::solver::pruned_search(w, f, o).quantizer.scale);
+  require_same(qeft::solver::find_params(w, f, o, importance), c);
+  group_search_options minmax;
+  minmax.method = qeft::solver::search_method::minmax;
+  require_same(qeft::solver::find_params(w, f, minmax, importance),
+               qeft::solver::minmax_params(w, f));
 }
 
 TEST_CASE("stored parameters read back as the quantizer that was tested") {

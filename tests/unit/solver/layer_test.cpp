@@ -59,6 +59,18 @@ problem make_problem(index_t oc, index_t ic, unsigned seed = 1, index_t tokens =
   return p;
 }
 
+/// Inputs multiplied by random sizes, most from 0.4 to 2.5.
+problem with_channel_sizes(problem p, unsigned seed) {
+  std::mt19937 rng(seed);
+  std::normal_distribution<float> normal(0.0F, 0.5F);
+  std::vector<float> size(static_cast<std::size_t>(p.ic));
+  for (float& s : size) s = std::exp(normal(rng));
+  for (std::size_t i = 0; i < p.h.size(); ++i) {
+    p.h[i] *= size[i / size.size()] * size[i % size.size()];
+  }
+  return p;
+}
+
 layer_result solve(const on_host& exec, const problem& p, const layer_options& o) {
   return quantize_layer(exec, p.w, p.oc, p.ic, p.h, o);
 }
@@ -136,8 +148,15 @@ Eigen::MatrixXd reference_optq(const problem& p, const layer_options& o) {
       for (index_t i = group * g; i < std::min(dense_count, (group + 1) * g); ++i) {
         values.push_back(static_cast<float>(weight(i)));
       }
+      std::vector<float> importance;
+      for (index_t i = group * g; o.search.weighted && i < std::min(dense_count, (group + 1) * g);
+           ++i) {
+        const auto c = std::find(position.begin(), position.end(), i) - position.begin();
+        importance.push_back(static_cast<float>(1.0 / (u(c, c) * u(c, c))));
+      }
       q[static_cast<std::size_t>(group)] =
-          qeft::solver::find_params(values, {o.bits, o.zero, o.scalar}, o.search).quantizer;
+          qeft::solver::find_params(values, {o.bits, o.zero, o.scalar}, o.search, importance)
+              .quantizer;
     };
     for (index_t group = 0; is_static && group < static_cast<index_t>(q.size()); ++group) {
       find(group, [&](index_t i) { return w_in(r, dense[static_cast<std::size_t>(i)]); });
@@ -168,13 +187,15 @@ TEST_CASE("OPTQ makes the decisions of a plain implementation in double") {
     const problem p = make_problem(12, ic, static_cast<unsigned>(ic));
     for (const index_t group_size :
          {index_t{32}, index_t{96}, index_t{128}, index_t{160}, qeft::per_channel}) {
-      for (int variant = 0; variant < 6; ++variant) {
+      for (int variant = 0; variant < 9; ++variant) {
         layer_options o;
         o.group_size = group_size;
         o.bits = variant == 1 ? 3 : 4;
         o.zero = static_cast<zero_kind>(variant % 3);
         o.static_groups = variant == 3;
-        o.act_order = variant == 4;
+        o.act_order = variant == 4 || variant == 7;
+        o.search.weighted = variant >= 6;
+        o.search.norm = variant == 8 ? 2.0 : 2.4;
         o.tuning.block_columns = variant == 5 ? 48 : 128;
         if (variant != 2) o.weak_columns = p.outliers;
         const layer_result got = solve(exec, p, o);
@@ -198,7 +219,7 @@ TEST_CASE("OPTQ makes the decisions of a plain implementation in double") {
       }
     }
   }
-  CHECK(cases == 90);
+  CHECK(cases == 135);
 }
 
 TEST_CASE("results do not depend on the number of threads, bit for bit") {
@@ -390,6 +411,35 @@ TEST_CASE("RTN is the group search, row by row") {
   }
 }
 
+TEST_CASE("a search weighted by what the solver pays lowers E, and RTN ignores it") {
+  const on_host exec(2);
+  for (const bool act_order : {false, true}) {
+    double plain = 0.0;
+    double weighted = 0.0;
+    for (unsigned seed = 1; seed <= 12; ++seed) {
+      const problem p = with_channel_sizes(make_problem(48, 200, seed), seed);
+      layer_options o;
+      o.bits = 3 + static_cast<int>(seed % 2);
+      o.group_size = 64;
+      o.act_order = act_order;
+      o.weak_columns = p.outliers;
+      o.search.norm = 2.0;
+      const double size = *solve(exec, p, o).report.output_error;
+      plain += 1.0;
+      o.search.weighted = true;
+      weighted += *solve(exec, p, o).report.output_error / size;
+    }
+    INFO("act-order " << act_order << ": " << weighted / plain);
+    CHECK(weighted < 0.97 * plain);
+  }
+  const problem p = make_problem(20, 100);
+  layer_options o;
+  o.method = layer_method::rtn;
+  const layer_result plain = solve(exec, p, o);
+  o.search.weighted = true;
+  CHECK(same_bytes(solve(exec, p, o).matrix, plain.matrix));
+}
+
 TEST_CASE("perturbation is the column error of RTN without weak columns") {
   const problem p = make_problem(70, 90);
   layer_options o;
@@ -415,20 +465,30 @@ TEST_CASE("dead inputs become zero columns; with nothing but dead inputs OPTQ is
       p.h[static_cast<std::size_t>(j * p.ic + dead)] = 0.0F;
     }
   }
-  layer_options o;
-  o.weak_columns = p.outliers;
-  const layer_result got = solve(exec, p, o);
-  CHECK(got.report.dead_inputs == std::vector<std::int32_t>{11, 34});
-  const Eigen::MatrixXd q = dequantized(got.matrix);
-  CHECK(q.col(11).isZero(0.0));
-  CHECK((q.col(34) - to_double(p.w, p.oc, p.ic).col(34)).norm() < 1e-4);
+  const std::vector<float> live_h = p.h;
+  for (const bool weighted : {false, true}) {
+    layer_options o;
+    o.weak_columns = p.outliers;
+    o.search.weighted = weighted;
+    p.h = live_h;
+    const layer_result got = solve(exec, p, o);
+    CHECK(got.report.dead_inputs == std::vector<std::int32_t>{11, 34});
+    const Eigen::MatrixXd q = dequantized(got.matrix);
+    CHECK(q.col(11).isZero(0.0));
+    CHECK((q.col(34) - to_double(p.w, p.oc, p.ic).col(34)).norm() < 1e-4);
 
-  std::fill(p.h.begin(), p.h.end(), 0.0F);
-  const layer_result optq = solve(exec, p, o);
-  CHECK(optq.report.dead_inputs.size() == static_cast<std::size_t>(p.ic));
-  CHECK(*optq.report.output_error == 0.0);
-  o.method = layer_method::rtn;
-  CHECK(same_bytes(optq.matrix, solve(exec, p, o).matrix));
+    o.zero = zero_kind::scaled;  // a group need not represent 0
+    const layer_result large = solve(exec, p, o);
+    for (float& h : p.h) h *= 0x1p-20F;  // no input counts more for being dead
+    CHECK(same_bytes(solve(exec, p, o).matrix, large.matrix));
+
+    std::fill(p.h.begin(), p.h.end(), 0.0F);
+    const layer_result optq = solve(exec, p, o);
+    CHECK(optq.report.dead_inputs.size() == static_cast<std::size_t>(p.ic));
+    CHECK(*optq.report.output_error == 0.0);
+    o.method = layer_method::rtn;
+    CHECK(same_bytes(optq.matrix, solve(exec, p, o).matrix));
+  }
 }
 
 TEST_CASE("a singular Hessian is damped until it factors, and reported") {
