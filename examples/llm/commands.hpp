@@ -29,6 +29,7 @@ struct generate_options {
 
 struct perplexity_options {
   std::string model;
+  std::string reference;  // model to compare with, always by exact arithmetic; empty: none
   std::string text;
   qeft::index_t seq_len = 512;
   qeft::index_t tokens = 0;  // evaluate about so many; 0: the whole text
@@ -49,6 +50,12 @@ int run_generate(const generate_options& options);
 /// text_windows). Without a prefix the first token of a window has no context and is not counted.
 /// The last line on stdout is `perplexity X tokens N`; with json, stdout is one object: perplexity,
 /// tokens, windows, seq_len.
+///
+/// A reference, a model with the same token ids, reads the same windows. The line goes on
+/// `kl K se S top1 T`, the object kl, kl_standard_error, top1_agreement:
+/// - K: mean over the tokens of KL(reference || model) of what follows, in nats;
+/// - S: standard error of K, from the spread of the windows' means; of one window nan (JSON: null);
+/// - T: the share of tokens, 0 to 1, at which both models find the same token most probable.
 int run_perplexity(const perplexity_options& options);
 
 /// A table of a model's linear layers.

@@ -202,6 +202,9 @@ int main(int argc, char** argv) {
   CLI::App* perplexity_command = app.add_subcommand("perplexity", "measure a model on a text");
   add_common(*perplexity_command, perplexity.model, perplexity.threads, device);
   perplexity_command->add_option("--text", perplexity.text, "text file")->required();
+  perplexity_command->add_option("--reference", perplexity.reference,
+                                 "model directory, such as the full-precision one: also print the "
+                                 "KL divergence from it and how often the top tokens agree");
   perplexity_command->add_option("--seq-len", perplexity.seq_len, "tokens per window")
       ->capture_default_str();
   perplexity_command->add_option("--tokens", perplexity.tokens, "evaluate about so many, 0 for all")

@@ -368,6 +368,132 @@ TEST_CASE("perplexity and inspect as JSON") {
   CHECK(full.at("bits_per_weight") == 16);
 }
 
+TEST_CASE("perplexity measures the divergence from a reference") {
+  const workplace w;
+  reference_model other = w.model;
+  for (double& x : other.tensors.at("model.layers.1.mlp.down_proj.weight")) x *= 2;
+  write_tensors(w.copy("other"), other, dtype::f16);
+  const std::string measure = "perplexity --text " + w.at("text") + " --seq-len 64 --model " +
+                              w.at("other") + " --reference " + w.at("model");
+  const auto as_json = [](const std::string& command) {
+    return json::parse(run(command + " --json 2>/dev/null").text);
+  };
+
+  std::vector<double> means;
+  int agreeing = 0;
+  for (std::size_t window = 0; window < 5; ++window) {
+    std::vector<int> ids;
+    for (std::size_t i = 0; i < 64; ++i) ids.push_back(w.letters[64 * window + i] - 'a');
+    const auto vocabulary = static_cast<std::size_t>(w.model.config.vocab_size);
+    const std::vector<double> p = w.model.logits(ids);
+    const std::vector<double> q = other.logits(ids);
+    double sum = 0;
+    for (std::size_t first = 0; first < 63 * vocabulary; first += vocabulary) {
+      double p_sum = 0;
+      double q_sum = 0;
+      for (std::size_t v = first; v < first + vocabulary; ++v) {
+        p_sum += std::exp(p[v]);
+        q_sum += std::exp(q[v]);
+      }
+      std::size_t p_top = first;
+      std::size_t q_top = first;
+      for (std::size_t v = first; v < first + vocabulary; ++v) {
+        sum += std::exp(p[v]) / p_sum * (p[v] - std::log(p_sum) - q[v] + std::log(q_sum));
+        if (p[v] > p[p_top]) p_top = v;
+        if (q[v] > q[q_top]) q_top = v;
+      }
+      agreeing += p_top == q_top;
+    }
+    means.push_back(sum / 63);
+  }
+  double mean = 0;
+  for (const double m : means) mean += m / 5;
+  double variance = 0;
+  for (const double m : means) variance += (m - mean) * (m - mean) / 4;
+
+  const json found = as_json(measure + " --tokens 300");
+  REQUIRE(mean > 0.01);
+  CHECK(std::abs(found.at("kl").get<double>() / mean - 1) < 1e-4);
+  CHECK(std::abs(found.at("kl_standard_error").get<double>() / std::sqrt(variance / 5) - 1) < 1e-3);
+  CHECK(agreeing > 100);
+  CHECK(agreeing < 300);
+  CHECK(found.at("top1_agreement").get<double>() == agreeing / (5 * 63.0));
+  for (const char* threads : {"1", "3"}) {
+    CHECK(as_json(measure + " --tokens 300 --threads " + threads) == found);
+  }
+
+  double perplexity = 0;
+  int tokens = 0;
+  double kl = 0;
+  double error = 0;
+  double top1 = 0;
+  REQUIRE(std::sscanf(last_line(run(measure + " --tokens 300").text).c_str(),
+                      "perplexity %lf tokens %d kl %lf se %lf top1 %lf", &perplexity, &tokens, &kl,
+                      &error, &top1) == 5);
+  CHECK(tokens == 5 * 63);
+  CHECK(std::abs(kl - found.at("kl").get<double>()) < 1e-6);
+  CHECK(std::abs(error - found.at("kl_standard_error").get<double>()) < 1e-6);
+  CHECK(std::abs(top1 - found.at("top1_agreement").get<double>()) < 1e-4);
+
+  // The reference changes nothing about the model's own numbers.
+  const json alone = as_json("perplexity --text " + w.at("text") +
+                             " --seq-len 64 --tokens 300 --model " + w.at("other"));
+  CHECK(alone.size() == 4);
+  for (const auto& [name, value] : alone.items()) CHECK(found.at(name) == value);
+
+  CHECK(as_json(measure + " --tokens 60").at("kl_standard_error").is_null());
+  CHECK(mentions(run(measure + " --tokens 60").text, {" se nan top1 "}));
+}
+
+TEST_CASE("a model has no divergence from itself") {
+  const workplace w;
+  REQUIRE(run(w.quantize() + "--method rtn --weak-columns 0").status == 0);
+  for (const char* model : {"model", "out"}) {
+    const outcome measured =
+        run("perplexity --seq-len 64 --text " + w.at("text") + " --model " + w.at(model) +
+            " --reference " + w.at(model) + " --json 2>/dev/null");
+    const json found = json::parse(measured.text);
+    CHECK(found.at("kl") == 0.0);
+    CHECK(found.at("kl_standard_error") == 0.0);
+    CHECK(found.at("top1_agreement") == 1.0);
+  }
+  // --activations is the measured model's alone.
+  const outcome by_int8 =
+      run("perplexity --activations int8 --seq-len 64 --text " + w.at("text") + " --json --model " +
+          w.at("out") + " --reference " + w.at("out") + " 2>/dev/null");
+  const auto kl = json::parse(by_int8.text).at("kl").get<double>();
+  CHECK(kl > 0);
+  CHECK(kl < 0.1);
+}
+
+TEST_CASE("references that the model cannot be compared with are refused") {
+  const workplace w;
+  const auto against = [&](const std::string& reference) {
+    return run("perplexity --seq-len 64 --text " + w.at("text") + " --model " + w.at("model") +
+               " --reference " + w.at(reference));
+  };
+  const qeft::index_t size = w.model.config.vocab_size;
+  const std::string larger = "a vocabulary of " + std::to_string(size + 3);
+  const std::string ours = "must have the model's " + std::to_string(size);
+  write_small_model(w.dir / "larger", {{"vocab_size", size + 3}}, 1);
+  CHECK(w.refused(against("larger"), {"larger", larger.c_str(), ours.c_str()}));
+
+  json tokenizer = json::parse(read_all(w.copy("swapped") / "tokenizer.json"));
+  std::swap(tokenizer["model"]["vocab"]["c"], tokenizer["model"]["vocab"]["d"]);
+  write_all(w.dir / "swapped/tokenizer.json", tokenizer.dump());
+  CHECK(w.refused(against("swapped"), {"swapped", "another tokenizer", "token 2 differs"}));
+
+  write_small_model(w.dir / "short", {{"max_position_embeddings", 32}}, 1);
+  CHECK(w.refused(against("short"), {"--seq-len is 64", "the reference", "= 32"}));
+
+  reference_model broken = w.model;
+  for (double& x : broken.tensors.at("model.norm.weight")) x = 3e38;
+  write_tensors(w.copy("damaged"), broken, dtype::f32);
+  CHECK(
+      w.refused(against("damaged"), {"--reference", "damaged: the model's logits are not finite"}));
+  CHECK(w.refused(against("nowhere"), {"nowhere", "config.json"}));
+}
+
 TEST_CASE("logits that are not finite end generate and perplexity") {
   const workplace w;
   reference_model broken = w.model;
