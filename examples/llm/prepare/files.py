@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers of the two subcommands: errors, replacing files, hashing, the download cache."""
+"""Helpers of the subcommands: errors, replacing files, hashing, the download cache."""
 
 import contextlib
 import hashlib

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Prepares what the examples run on: a small real model, and English prose.
+"""Prepares what the examples run on: a small real model, English prose and source code.
 
-    prepare.py model --out DIR [--gguf FILE]
-    prepare.py text  --out DIR
+    prepare.py model   --out DIR [--gguf FILE]
+    prepare.py perturb --out DIR --model DIR
+    prepare.py text    --out DIR
 
-`model` needs the packages of requirements.txt; `text` needs apt-get and dpkg-deb, but no root.
+All need the packages of requirements.txt; `text` also apt-get and dpkg-deb, but no root.
 """
 
 import argparse
@@ -22,10 +23,15 @@ def main():
                                     help="SmolLM2-135M-Instruct as a Hugging Face directory")
     for_model.add_argument("--gguf", type=pathlib.Path, metavar="FILE",
                            help="another GGUF file of a Llama model with a SmolLM tokenizer")
-    for_text = commands.add_parser("text",
-                                   help="calibration.txt and heldout.txt from Debian packages")
-    for command in (for_model, for_text):
+    for_perturbed = commands.add_parser("perturb", help="a model with slightly other weights, which "
+                                        "are not on the grid of a quantised file")
+    for_perturbed.add_argument("--model", type=pathlib.Path, required=True, metavar="DIR",
+                               help="what `prepare.py model` wrote")
+    for_text = commands.add_parser("text", help="calibration.txt and heldout.txt from Debian "
+                                   "packages, heldout_code.txt from Python packages")
+    for command in (for_model, for_perturbed, for_text):
         command.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
+    for command in (for_model, for_text):
         command.add_argument("--cache", type=pathlib.Path, default=files.default_cache(),
                              metavar="DIR", help="where downloads are kept (default: %(default)s)")
     options = parser.parse_args()
@@ -33,9 +39,14 @@ def main():
         if options.command == "model":
             import model
             model.prepare(options.out, options.gguf, options.cache)
+        elif options.command == "perturb":
+            import perturb
+            perturb.prepare(options.model, options.out)
         else:
             import prose
+            import source_code
             prose.prepare(options.out, options.cache)
+            source_code.prepare(options.out)
     except files.PrepareError as error:
         print(f"prepare: error: {error}", file=sys.stderr)
         return 1
