@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Sourced by tests/run.sh and examples/quickstart.sh: makes sure Debian packages are installed.
+# Sourced by tests/run.sh and examples/llm/prepare/steps.sh: makes sure Debian packages are installed.
 
 # require_packages PACKAGE...: installs what is missing when run as root, otherwise says exactly what
 # to install and fails.

@@ -21,38 +21,10 @@ while [ $# -gt 0 ]; do
 done
 # Paths above are relative to the caller's directory, those below to the project.
 cd "$(dirname "$0")/.."
-source cmake/install_packages.sh
-
 work=build/quickstart
-mkdir -p "$work"
-started=$SECONDS
-fail_with() { cat "$1" >&2; exit 1; }  # a log
-step() { printf '\n== %s  (%d:%02d)\n' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
-
-step "Packages"
-require_packages g++ cmake ninja-build libeigen3-dev nlohmann-json3-dev libcli11-dev libpcre2-dev \
-  libutf8proc-dev pkg-config python3-venv
-
-step "Building qeft-llm"
-cmake -S . -B build/release -G Ninja -DCMAKE_BUILD_TYPE=Release -DQEFT_BUILD_TESTS=OFF \
-  -DQEFT_BUILD_BENCH=OFF >"$work/build.log"
-cmake --build build/release --target qeft-llm >>"$work/build.log" ||
-  { tail -n 40 "$work/build.log" >&2; exit 1; }
-llm=$PWD/build/release/examples/qeft-llm
-
-step "Model and text"
-if [ ! -x "$work/venv/bin/python" ] || [ ! -f "$work/venv/ready" ]; then
-  python3 -m venv "$work/venv"
-  "$work/venv/bin/python" -m pip install -q --disable-pip-version-check \
-    -r examples/llm/prepare/requirements.txt
-  touch "$work/venv/ready"
-fi
-prepare=("$work/venv/bin/python" examples/llm/prepare/prepare.py)
-[ -f "$work/text/heldout.txt" ] || "${prepare[@]}" text --out "$work/text"
-if [ -z "$model" ]; then
-  model=$PWD/$work/model
-  [ -f "$model/config.json" ] || "${prepare[@]}" model --out "$model"
-fi
+source examples/llm/prepare/steps.sh
+build_llm
+prepare_inputs
 
 prompt="Explain in two sentences why the sky is blue."
 rows=()
@@ -80,21 +52,20 @@ quantise() {
   step "$name"
   rm -rf "${work:?}/models/$name"
   "$llm" quantize --model "$model" --out "$work/models/$name" --threads "$threads" \
-    --calibration "$work/text/calibration.txt" --samples "$samples" --seq-len "$seq_len" \
-    --act-order "$@"
+    --calibration "$work/text/calibration.txt" --samples "$samples" --seq-len "$seq_len" "$@"
   evaluate "$name" "$work/models/$name"
 }
 
 mkdir -p "$work/models"
 step "FP16"
 evaluate "FP16" "$model"
-quantise "RTN-4bit-g128" --method rtn --weak-columns 0 --search minmax
-quantise "OPTQ-4bit-g128" --weak-columns 0
-quantise "OWQ-4bit-per-channel-k16" --group-size -1 --reorder off --selection hessian_perturbation
-quantise "QEFT-4bit-g128-k16"
-quantise "RTN-3bit-g128" --method rtn --weak-columns 0 --search minmax --bits 3
-quantise "OPTQ-3bit-g128" --bits 3 --weak-columns 0
-quantise "QEFT-3bit-g128-k16" --bits 3
+quantise "RTN-4bit-g128" "${rtn[@]}"
+quantise "OPTQ-4bit-g128" "${optq[@]}"
+quantise "OWQ-4bit-per-channel-k16" "${owq[@]}"
+quantise "QEFT-4bit-g128-k16" --act-order
+quantise "RTN-3bit-g128" "${rtn[@]}" --bits 3
+quantise "OPTQ-3bit-g128" "${optq[@]}" --bits 3
+quantise "QEFT-3bit-g128-k16" --act-order --bits 3
 
 step "Result"
 printf "$row\n" model perplexity change MiB bits/w tokens/s
@@ -106,5 +77,4 @@ answer() {
 }
 # A model without the tokens of a chat continues the prompt instead.
 answer --chat || answer || fail_with "$work/answer.log"
-printf '\nDone in %d:%02d. Models and logs are in %s.\n' $(((SECONDS - started) / 60)) \
-  $(((SECONDS - started) % 60)) "$work"
+printf '\nDone in %s. Models and logs are in %s.\n' "$(elapsed)" "$work"
