@@ -204,8 +204,39 @@ plain_layer random_like(random_source& random, const qeft::matrix_descriptor& li
   return random_layer(d, random);
 }
 
-/// Several layers in one launch against one after the other.
-void compare_layers(int count) {
+/// Three layers in one launch against one after the other.
+void compare_layers(const plain_layer (&plain)[3], index_t tokens, random_source& random) {
+  const qeft::matrix_descriptor& d = plain[0].d;
+  const owner w[] = {owner(pack<fragment>(plain[0])), owner(pack<fragment>(plain[1])),
+                     owner(pack<fragment>(plain[2]))};
+  const auto x = to_device(random_activations<qeft::half_bits>(random, tokens * d.in_channels));
+  const auto array_of = [&](const owner& of) {
+    return device_array<float>(tokens * of.descriptor().out_channels);
+  };
+  device_array<float> y[] = {array_of(w[0]), array_of(w[1]), array_of(w[2])};
+  const layer_output<owner, float> layers[] = {
+      {w[0], y[0].data()}, {w[1], y[1].data()}, {w[2], y[2].data()}};
+  device_array<std::byte> space(
+      qeft::workspace_bytes<one_format>(on_stream{}, layers, x.data(), tokens));
+  const on_stream exec{nullptr, {space.data(), space.size()}};
+  check(qeft::supports_gemm<one_format>(exec, layers, x.data(), tokens).ok(),
+        "supports_gemm of layers");
+  const qeft::status s = qeft::gemm<one_format>(exec, layers, x.data(), tokens);
+  const std::string what = describe(d) + ", " + std::to_string(tokens) + " tokens";
+  if (!s.ok()) fail(what + ": " + s.message());
+  for (int i = 0; i < 3; ++i) {
+    auto alone = array_of(w[i]);
+    device_array<std::byte> its_space(
+        qeft::workspace_bytes<one_format>(on_stream{}, w[i], x.data(), tokens));
+    const qeft::status one =
+        qeft::gemm<one_format>(on_stream{nullptr, {its_space.data(), its_space.size()}}, w[i],
+                               x.data(), tokens, alone.data());
+    if (!one.ok()) fail(what + ": " + one.message());
+    if (to_host(y[i]) != to_host(alone)) fail(what + ": other bits with layers in the launch");
+  }
+}
+
+void compare_random_layers(int count) {
   for (int i = 0; i < count; ++i) {
     random_source random(static_cast<std::uint64_t>(i));
     qeft::matrix_descriptor d;
@@ -223,38 +254,41 @@ void compare_layers(int count) {
     }
     const plain_layer plain[] = {random_like(random, d), random_like(random, d),
                                  random_like(random, d)};
-    const owner q(pack<fragment>(plain[0]));
-    const owner k(pack<fragment>(plain[1]));
-    const owner v(pack<fragment>(plain[2]));
-    const index_t tokens = random.integer(1, 20);
-    const auto x = to_device(random_activations<qeft::half_bits>(random, tokens * d.in_channels));
-    const auto array_of = [&](const plain_layer& l) {
-      return device_array<float>(tokens * l.d.out_channels);
-    };
-    const auto alone = [&](const owner& w, const plain_layer& l) {
-      auto y = array_of(l);
-      device_array<std::byte> space(
-          qeft::workspace_bytes<one_format>(on_stream{}, w, x.data(), tokens));
-      const on_stream exec{nullptr, {space.data(), space.size()}};
-      const qeft::status s = qeft::gemm<one_format>(exec, w, x.data(), tokens, y.data());
-      if (!s.ok()) fail(describe(l.d) + ": " + s.message());
-      return to_host(y);
-    };
-    device_array<float> y[] = {array_of(plain[0]), array_of(plain[1]), array_of(plain[2])};
-    const layer_output<owner, float> layers[] = {
-        {q, y[0].data()}, {k, y[1].data()}, {v, y[2].data()}};
+    compare_layers(plain, random.integer(1, random.chance(50) ? 16 : 80), random);
+  }
+}
+
+/// So large that blocks take all parts; with 449 tokens, compute capability 9.0 takes 128 together,
+/// else 64.
+void compare_large_layers() {
+  random_source random(6);
+  const plain_layer plain[] = {layer_of(800, 104, 16), layer_of(129, 104, 16),
+                               layer_of(1300, 104, 16)};
+  for (const index_t tokens : {index_t{256}, index_t{449}}) compare_layers(plain, tokens, random);
+}
+
+/// Two and four layers are one launch, or one and that of add_parts.
+void count_launches() {
+  const owner w(pack<fragment>(layer_of(40, 512, 16)));
+  const owner v(pack<fragment>(layer_of(3000, 512, 16)));
+  device_array<qeft::half_bits> x(449 * 512);
+  device_array<float> y[] = {device_array<float>(449 * 40), device_array<float>(449 * 40),
+                             device_array<float>(449 * 3000), device_array<float>(449 * 40)};
+  const layer_output<owner, float> four[] = {
+      {w, y[0].data()}, {w, y[1].data()}, {v, y[2].data()}, {w, y[3].data()}};
+  const layer_output<owner, float> two[] = {four[0], four[2]};
+  const auto launches = [&](const auto& layers, index_t tokens) {
     device_array<std::byte> space(
         qeft::workspace_bytes<one_format>(on_stream{}, layers, x.data(), tokens));
-    const on_stream exec{nullptr, {space.data(), space.size()}};
-    check(qeft::supports_gemm<one_format>(exec, layers, x.data(), tokens).ok(),
-          "supports_gemm of layers");
-    const qeft::status s = qeft::gemm<one_format>(exec, layers, x.data(), tokens);
-    if (!s.ok()) fail(describe(d) + ": " + s.message());
-    if (to_host(y[0]) != alone(q, plain[0]) || to_host(y[1]) != alone(k, plain[1]) ||
-        to_host(y[2]) != alone(v, plain[2])) {
-      fail(describe(d) + ": other bits with other layers in the launch");
-    }
+    return in_graph([&](cudaStream_t stream) {
+      const on_stream exec{stream, {space.data(), space.size()}};
+      return qeft::gemm<one_format>(exec, layers, x.data(), tokens);
+    });
+  };
+  for (const index_t tokens : {index_t{16}, index_t{449}}) {
+    check(launches(two, tokens) == 1 && launches(four, tokens) == 1, "one launch");
   }
+  check(launches(two, 17) == 2 && launches(four, 17) == 2, "a launch and one of add_parts");
 }
 
 void check_layers_refused() {
@@ -299,7 +333,11 @@ int main(int argc, char** argv) {
   check_refusals();
   check_layers_refused();
   const int count = argc > 1 ? std::atoi(argv[1]) : 60;
-  compare_layers(count);
+  if (argc == 1) {
+    compare_large_layers();
+    count_launches();
+  }
+  compare_random_layers(count);
   std::printf("%d sets of layers, %d failures\n", count, failures);
   return failures == 0 ? 0 : 1;
 }

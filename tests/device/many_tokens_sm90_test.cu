@@ -60,13 +60,21 @@ using by_many = qeft::constant<Tokens>;
 struct by_few {};
 struct by_choice {};
 
+int multiprocessors() {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0), "the device");
+  return count;
+}
+
 template <int Tokens, class Args>
 qeft::status launch(by_many<Tokens>, const Args& args) {
-  return detail::launch_many_tokens_sm90<Tokens>(nullptr, args);
+  const Args layers[] = {args};
+  return detail::launch_many_tokens_sm90<Tokens>(nullptr, layers, multiprocessors());
 }
 template <class Args>
 qeft::status launch(by_choice, const Args& args) {
-  return detail::launch_many_tokens_sm90(nullptr, args);
+  const Args layers[] = {args};
+  return detail::launch_many_tokens_sm90(nullptr, layers, multiprocessors());
 }
 template <class Args>
 qeft::status launch(by_few, const Args& args) {
@@ -198,12 +206,13 @@ void check_choices() {
 bool is_built_in(index_t tokens) {
   using view = qeft::quantized_matrix_view<quant_format<4>, qeft::weak_tail<>, fragment,
                                            qeft::device_memory>;
-  qeft::kernel::product_args<view, float, qeft::epilogue::none> args{};
-  args.w.out_channels = 4096;
-  args.tokens = static_cast<int>(tokens);
-  const bool has = detail::has_many_tokens_sm90(args);
-  if (tokens < 64) check(!detail::suits_many_tokens_sm90(args), "so few tokens");
-  if (tokens > 2000) check(detail::suits_many_tokens_sm90(args) == has, "so many tokens");
+  qeft::kernel::product_args<view, float, qeft::epilogue::none> layers[1] = {};
+  layers[0].w.out_channels = 4096;
+  layers[0].tokens = static_cast<int>(tokens);
+  const bool has = detail::has_many_tokens_sm90(layers[0]);
+  const bool suits = detail::suits_many_tokens_sm90(layers, multiprocessors());
+  if (tokens < 64) check(!suits, "so few tokens");
+  if (tokens > 2000) check(suits == has, "so many tokens");
   return has;
 }
 

@@ -83,7 +83,8 @@ void compare_whole_rows() {
   random_source random(5);
   const auto layer = layer_of(2100, 1056, 32);
   for (const index_t tokens : {index_t{520}, index_t{449}}) {
-    check(!qeft::tuning::many_by_parts(2100, tokens), "blocks take all parts");
+    const index_t row_blocks = qeft::ceil_div(2100, qeft::tuning::many_block_rows);
+    check(!qeft::tuning::many_by_parts(row_blocks, tokens), "blocks take all parts");
     compare<quant_format<4>>(layer, tokens, random);
   }
   const qeft::quantized_matrix<fragment, qeft::device_memory> w(pack<fragment>(layer));

@@ -59,9 +59,9 @@ device_array<T> to_device(const std::vector<T>& host) {
   return a;
 }
 
-/// Captures what body(stream) starts into a graph, replays it and waits.
+/// Captures what body(stream) starts into a graph, replays it and waits; how many nodes it has.
 template <class Body>
-void in_graph(const Body& body) {
+std::size_t in_graph(const Body& body) {
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
@@ -69,6 +69,8 @@ void in_graph(const Body& body) {
   if (!s.ok()) fail("a capture: " + s.message());
   cudaGraph_t graph = nullptr;
   check(cudaStreamEndCapture(stream, &graph), "capture");
+  std::size_t nodes = 0;
+  check(cudaGraphGetNodes(graph, nullptr, &nodes), "cudaGraphGetNodes");
   cudaGraphExec_t executable = nullptr;
   check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
   check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
@@ -76,6 +78,7 @@ void in_graph(const Body& body) {
   check(cudaGraphExecDestroy(executable), "cudaGraphExecDestroy");
   check(cudaGraphDestroy(graph), "cudaGraphDestroy");
   check(cudaStreamDestroy(stream), "cudaStreamDestroy");
+  return nodes;
 }
 
 /// Whether the shorter of two arrays is how the other one begins.

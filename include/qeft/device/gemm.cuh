@@ -55,17 +55,6 @@ constexpr int most_shared_bytes() noexcept {
   return most;
 }
 
-/// What the kernel of several layers takes; of[i] is of layer i, or any behind the last one.
-template <class View, class Y, class Epilogue, int Layers, int... Index>
-kernel::few_tokens_layers<View, Y, Epilogue> in_one_launch(
-    const kernel::product_args<View, Y, Epilogue> (&layers)[Layers], index_t rows,
-    std::integer_sequence<int, Index...>) {
-  return {{layers[Index < Layers ? Index : 0]...},
-          {(Index < Layers ? static_cast<int>(
-                                 ceil_div(layers[Index < Layers ? Index : 0].w.out_channels, rows))
-                           : 0)...}};
-}
-
 /// One launch for layers of the same IC, k and group size.
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue,
           int Layers>
@@ -73,8 +62,7 @@ status launch_few(cudaStream_t stream, kernel::product_args<View, Y, Epilogue> (
   using product = block::few_tokens_product<View, RowTiles, TokenTiles, GroupColumns>;
   constexpr int most_shared = most_shared_bytes<product>();
   static_assert(most_shared <= 99 * 1024, "more than a device of compute capability 8.6 has");
-  index_t row_blocks = 0;
-  for (const auto& layer : layers) row_blocks += ceil_div(layer.w.out_channels, product::rows);
+  const index_t row_blocks = row_blocks_of(layers, product::rows);
   const index_t token_blocks = ceil_div(layers[0].tokens, product::most_tokens);
   const int parts = layers[0].parts.count();
   const tuning::warp_plan plan = tuning::plan_warps(parts, RowTiles);
@@ -91,8 +79,7 @@ status launch_few(cudaStream_t stream, kernel::product_args<View, Y, Epilogue> (
   } else {
     return start(
         kernel::few_tokens_of_layers<RowTiles, TokenTiles, GroupColumns, View, Y, Epilogue>,
-        in_one_launch(layers, product::rows,
-                      std::make_integer_sequence<int, kernel::most_layers>{}));
+        in_one_launch(layers, product::rows));
   }
 }
 
@@ -107,12 +94,8 @@ status launch_any(cudaStream_t stream, const View& w, const X* x, index_t tokens
 }
 
 template <class View, class Y, class Epilogue, int Layers>
-status launch_few(cudaStream_t stream, kernel::product_args<View, Y, Epilogue> (&layers)[Layers]) {
-  int multiprocessors = 0;
-  if (status s = qeft::detail::device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount);
-      !s.ok()) {
-    return s;
-  }
+status launch_few(cudaStream_t stream, kernel::product_args<View, Y, Epilogue> (&layers)[Layers],
+                  int multiprocessors) {
   const auto with_tiles = [&](auto row_tiles, auto token_tiles) {
     return with_group_columns(layers[0].w, [&](auto group_columns) {
       return launch_few<row_tiles, token_tiles, group_columns>(stream, layers);
@@ -155,7 +138,28 @@ auto few_args(const View& w, const activation_plan& plan, const X* x, index_t to
                                                                  1};
 }
 
-/// Puts activations in order where that is needed, and picks the kernel. @pre supports_gemm
+/// Picks the kernel.
+/// @param layers of the same IC, k and group size
+/// @param space  of part_sums_bytes
+template <class View, class Y, class Epilogue, int Layers>
+status launch_products(cudaStream_t stream,
+                       kernel::product_args<View, Y, Epilogue> (&layers)[Layers],
+                       std::byte* space) {
+  int multiprocessors = 0;
+  if (status s = device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount); !s.ok()) {
+    return s;
+  }
+  if (layers[0].tokens < tuning::many_tokens_from) {
+    return launch_few(stream, layers, multiprocessors);
+  }
+  if (suits_many_tokens_sm90(layers, multiprocessors)) {
+    return launch_many_tokens_sm90(stream, layers, multiprocessors);
+  }
+  place_part_sums(layers, space);
+  return launch_many(stream, layers);
+}
+
+/// Puts activations in order where that is needed, and multiplies. @pre supports_gemm
 template <class View, class X, class Y, class Epilogue>
 status launch(const on_stream& exec, const View& w, const X* x, index_t tokens, Y* y,
               const Epilogue& epilogue) {
@@ -167,12 +171,7 @@ status launch(const on_stream& exec, const View& w, const X* x, index_t tokens, 
   }
   kernel::product_args<decltype(as_tail(w)), Y, Epilogue> layers[] = {
       few_args(w, plan, x, tokens, y, epilogue)};
-  if (tokens < tuning::many_tokens_from) return launch_few(exec.stream, layers);
-  const auto& args = layers[0];
-  if (suits_many_tokens_sm90(args)) return launch_many_tokens_sm90(exec.stream, args);
-  std::byte* const behind = exec.workspace.data() + gathered_bytes(plan, tokens);
-  const bool by_parts = part_sums_bytes(args.parts, w.out_channels, tokens) > 0;
-  return launch_many(exec.stream, args, by_parts ? reinterpret_cast<float*>(behind) : nullptr);
+  return launch_products(exec.stream, layers, exec.workspace.data() + gathered_bytes(plan, tokens));
 }
 
 }  // namespace device::detail
@@ -187,7 +186,7 @@ index_t workspace_bytes(const on_stream&, const quantized_matrix_view<F, W, L, M
     namespace d = device::detail;
     const d::activation_plan plan = d::plan_activations(w, x);
     return d::gathered_bytes(plan, tokens) +
-           d::part_sums_bytes(d::parts_of(w), w.out_channels, tokens);
+           d::part_sums_bytes(d::parts_of(w), {w.out_channels}, tokens);
   } else {
     return 0;
   }

@@ -70,12 +70,12 @@ template <class View, class X, class Y, class Epilogue, int Layers, int... Index
 status launch_layers(const on_stream& exec, const layer_output<View, Y, Epilogue> (&layers)[Layers],
                      const X* x, index_t tokens, std::integer_sequence<int, Index...>) {
   const activation_plan plan = plan_activations(layers[0].w, x);
+  const index_t bytes = gathered_bytes(plan, tokens);
+  const int orders = orders_of(layers);
   const X* x_of[] = {(static_cast<void>(Index), x)...};
   if (plan.gathered) {
-    const int orders = orders_of(layers);
     for (int i = 0; i < Layers; ++i) {
-      auto* to = reinterpret_cast<X*>(exec.workspace.data() +
-                                      (orders == 1 ? 0 : i) * gathered_bytes(plan, tokens));
+      auto* to = reinterpret_cast<X*>(exec.workspace.data() + (orders == 1 ? 0 : i) * bytes);
       x_of[i] = to;
       if (i >= orders) continue;
       if (status s = launch_order(exec.stream, layers[i].w, plan, x, tokens, to); !s.ok()) {
@@ -85,7 +85,7 @@ status launch_layers(const on_stream& exec, const layer_output<View, Y, Epilogue
   }
   kernel::product_args<decltype(as_tail(layers[0].w)), Y, Epilogue> args[] = {few_args(
       layers[Index].w, plan, x_of[Index], tokens, layers[Index].y, layers[Index].epilogue)...};
-  return launch_few(exec.stream, args);
+  return launch_products(exec.stream, args, exec.workspace.data() + orders * bytes);
 }
 
 /// The view of an owner as type View. @pre it is of that format and placement
@@ -143,17 +143,16 @@ status with_views(
 /// Bytes of workspace that gemm of several layers needs with these operands.
 template <class F, class W, class L, class M, class X, class Y, class Epilogue, int Layers>
 index_t workspace_bytes(
-    const on_stream& exec,
+    const on_stream&,
     const layer_output<quantized_matrix_view<F, W, L, M>, Y, Epilogue> (&layers)[Layers],
     const X* x, index_t tokens) {
   namespace d = device::detail;
   d::check_types<quantized_matrix_view<F, W, L, M>, X>();
-  index_t bytes = 0;
-  for (const auto& l : layers) {
-    const index_t alone = workspace_bytes(exec, l.w, x, tokens);
-    if (alone > bytes) bytes = alone;
-  }
-  return tokens < tuning::many_tokens_from ? d::orders_of(layers) * bytes : bytes;
+  const auto& first = layers[0].w;
+  index_t out_channels[Layers];
+  for (int i = 0; i < Layers; ++i) out_channels[i] = layers[i].w.out_channels;
+  return d::orders_of(layers) * d::gathered_bytes(d::plan_activations(first, x), tokens) +
+         d::part_sums_bytes(d::parts_of(first), out_channels, tokens);
 }
 
 /// Whether gemm of several layers would accept these operands, and why not.
@@ -180,18 +179,18 @@ status supports_gemm(
   return d::check_capability("gemm");
 }
 
-/// gemm of two to four layers with the same activations, bit for bit what gemm of each writes. Up
-/// to 16 tokens it is one launch, so that small layers fill the device together:
+/// gemm of two to four layers with the same activations, bit for bit what gemm of each writes, in
+/// one launch, so that small layers fill the device together:
 ///
 ///     gemm(exec, {layer_output{w_gate, gate}, layer_output{w_up, up}}, x, tokens)
 ///
 /// @param layers of one type, with the same IC, k and group size; OC may differ. No two outputs
 ///               overlap
-/// @param x, tokens as in gemm of one layer. Up to 16 tokens activations are put into order once if
-///               weak columns are tail, per_head with as many heads, or indexed by the same array;
-///               else once per layer
-/// @return what supports_gemm says, or that a launch failed; then outputs may be written of layers
-///         before
+/// @param x, tokens as in gemm of one layer. Where activations are put into order, that is done
+///               once if weak columns are tail, per_head with as many heads, or indexed by the same
+///               array; else once per layer
+/// @return what supports_gemm says, or that a launch failed; then nothing, or only the workspace,
+///         is written
 template <class F, class W, class L, class M, class X, class Y, class Epilogue, int Layers>
 status gemm(const on_stream& exec,
             const layer_output<quantized_matrix_view<F, W, L, M>, Y, Epilogue> (&layers)[Layers],
@@ -201,13 +200,7 @@ status gemm(const on_stream& exec,
                 "qeft::gemm: Epilogue must be trivially copyable and callable as "
                 "float(float value, qeft::index_t token, qeft::index_t channel) const");
   if (status s = supports_gemm(exec, layers, x, tokens); !s.ok() || tokens == 0) return s;
-  if (tokens < tuning::many_tokens_from) {
-    return d::launch_layers(exec, layers, x, tokens, std::make_integer_sequence<int, Layers>{});
-  }
-  for (const auto& l : layers) {
-    if (status s = d::launch(exec, l.w, x, tokens, l.y, l.epilogue); !s.ok()) return s;
-  }
-  return {};
+  return d::launch_layers(exec, layers, x, tokens, std::make_integer_sequence<int, Layers>{});
 }
 
 /// workspace_bytes of layers whose format is known at run time; 0 where that is not built in.

@@ -67,76 +67,86 @@ bool has_many_tokens_sm90(const kernel::product_args<View, Y, Epilogue>&) {
   if (!device_attribute(major, cudaDevAttrComputeCapabilityMajor).ok() || major != 9) {
     return false;
   }
-  const auto k = kernel::many_tokens_sm90<64, tuning::chunk_columns, View, Y, Epilogue>;
+  const auto k = kernel::many_tokens_sm90<64, tuning::chunk_columns, 1, View, Y, Epilogue>;
   cudaFuncAttributes attributes{};
   const cudaError_t code = cudaFuncGetAttributes(&attributes, k);
   if (code != cudaSuccess) static_cast<void>(cudaGetLastError());
   return code == cudaSuccess && attributes.sharedSizeBytes > 0;
 }
 
-template <int Tokens, index_t GroupColumns, class View, class Y, class Epilogue>
+/// A product with the tensor maps that it needs.
+template <class Ring, class View, class Y, class Epilogue>
+status add_tensor_maps(kernel::many_tokens_sm90_product<View, Y, Epilogue>& product) {
+  const auto& args = product.args;
+  const auto describe = [&](CUtensorMap& map, const auto* x, index_t columns) {
+    return columns == 0 ? status{}
+                        : make_tensor_map<Ring>(map, x, columns, args.tokens, args.stride);
+  };
+  if (status s = describe(product.dense_x, args.dense_x, args.w.dense_columns()); !s.ok()) return s;
+  return describe(product.weak_x, args.weak_x, args.w.weak_columns());
+}
+
+template <int Tokens, index_t GroupColumns, class View, class Y, class Epilogue, int Layers>
 status launch_many_tokens_sm90(cudaStream_t stream,
-                               const kernel::product_args<View, Y, Epilogue>& args) {
+                               const kernel::product_args<View, Y, Epilogue> (&layers)[Layers],
+                               int multiprocessors) {
   using tune = tuning::many_tokens_sm90;
   using scalar = typename View::scalar_type;
   using ring = block::activation_ring<scalar, Tokens>;
+  using product = kernel::many_tokens_sm90_product<View, Y, Epilogue>;
   constexpr int shared_bytes = kernel::many_tokens_shared<scalar, Tokens>::bytes();
-  const auto k = kernel::many_tokens_sm90<Tokens, GroupColumns, View, Y, Epilogue>;
-  CUtensorMap dense{};
-  CUtensorMap weak{};
-  const auto describe = [&](CUtensorMap& map, const scalar* x, index_t columns) {
-    return columns == 0 ? status{}
-                        : make_tensor_map<ring>(map, x, columns, args.tokens, args.stride);
-  };
-  if (status s = describe(dense, args.dense_x, args.w.dense_columns()); !s.ok()) return s;
-  if (status s = describe(weak, args.weak_x, args.w.weak_columns()); !s.ok()) return s;
+  constexpr int count = static_cast<int>(layer_numbers<Layers>::size());
+  const auto k = kernel::many_tokens_sm90<Tokens, GroupColumns, count, View, Y, Epilogue>;
   if (status s = allow_shared("gemm", k, shared_bytes); !s.ok()) return s;
-  int multiprocessors = 0;
-  if (status s = device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount); !s.ok()) {
-    return s;
+  const int cluster = row_blocks_of(layers, tune::rows) == Layers ? 1 : tune::cluster;
+  const index_t rows = tune::rows * cluster;
+  auto args = in_one_launch(
+      layers, rows,
+      [&](int i) {
+        return product{{}, {}, layers[i]};
+      },
+      layer_numbers<Layers>{});
+  for (product& of_layer : args.of) {
+    if (status s = add_tensor_maps<ring>(of_layer); !s.ok()) return s;
   }
-  const int cluster = args.w.out_channels <= tune::rows ? 1 : tune::cluster;
-  const index_t clusters =
-      ceil_div(args.w.out_channels, tune::rows * cluster) * ceil_div(args.tokens, Tokens);
+  const index_t clusters = row_blocks_of(layers, rows) * ceil_div(layers[0].tokens, Tokens);
   const index_t most = multiprocessors / cluster;
   const auto blocks = static_cast<unsigned>((clusters < most ? clusters : most) * cluster);
   return launch_cluster("gemm: the launch", k, blocks, tune::threads, cluster, shared_bytes, stream,
-                        dense, weak, args);
+                        args);
 }
-template <int Tokens, class View, class Y, class Epilogue>
+template <int Tokens, class View, class Y, class Epilogue, int Layers>
 status launch_many_tokens_sm90(cudaStream_t stream,
-                               const kernel::product_args<View, Y, Epilogue>& args) {
-  return with_group_columns(args.w, [&](auto group_columns) {
-    return launch_many_tokens_sm90<Tokens, group_columns>(stream, args);
+                               const kernel::product_args<View, Y, Epilogue> (&layers)[Layers],
+                               int multiprocessors) {
+  return with_group_columns(layers[0].w, [&](auto group_columns) {
+    return launch_many_tokens_sm90<Tokens, group_columns>(stream, layers, multiprocessors);
   });
 }
-/// Y = X W^T, for any number of tokens from 1 on: picks the kernel. @pre has_many_tokens_sm90(args)
-template <class View, class Y, class Epilogue>
+/// Y = X W^T of layers of the same IC, k and group size, for any number of tokens from 1 on: picks
+/// the kernel. @pre has_many_tokens_sm90(layers[0])
+template <class View, class Y, class Epilogue, int Layers>
 status launch_many_tokens_sm90(cudaStream_t stream,
-                               const kernel::product_args<View, Y, Epilogue>& args) {
+                               const kernel::product_args<View, Y, Epilogue> (&layers)[Layers],
+                               int multiprocessors) {
   using tune = tuning::many_tokens_sm90;
   if constexpr (View::format_type::zero != zero_kind::scaled) {  // whose sums need more registers
-    int multiprocessors = 0;
-    if (status s = device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount); !s.ok()) {
-      return s;
-    }
-    const index_t row_blocks = ceil_div(args.w.out_channels, tune::rows);
-    if (tune::tokens_for(row_blocks, args.tokens, multiprocessors) == 128) {
-      return launch_many_tokens_sm90<128>(stream, args);
+    const index_t row_blocks = row_blocks_of(layers, tune::rows);
+    if (tune::tokens_for(row_blocks, layers[0].tokens, multiprocessors) == 128) {
+      return launch_many_tokens_sm90<128>(stream, layers, multiprocessors);
     }
   }
-  return launch_many_tokens_sm90<64>(stream, args);
+  return launch_many_tokens_sm90<64>(stream, layers, multiprocessors);
 }
 
 /// Whether that can be used, and the product is not for kernels that take fewer tokens or spread
 /// the parts of columns over blocks.
-template <class View, class Y, class Epilogue>
-bool suits_many_tokens_sm90(const kernel::product_args<View, Y, Epilogue>& args) {
+template <class View, class Y, class Epilogue, int Layers>
+bool suits_many_tokens_sm90(const kernel::product_args<View, Y, Epilogue> (&layers)[Layers],
+                            int multiprocessors) {
   using tune = tuning::many_tokens_sm90;
-  int multiprocessors = 0;
-  return device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount).ok() &&
-         tune::suits(ceil_div(args.w.out_channels, tune::rows), args.tokens, multiprocessors) &&
-         tensor_map_encoder() != nullptr && has_many_tokens_sm90(args);
+  return tune::suits(row_blocks_of(layers, tune::rows), layers[0].tokens, multiprocessors) &&
+         tensor_map_encoder() != nullptr && has_many_tokens_sm90(layers[0]);
 }
 
 }  // namespace device::detail

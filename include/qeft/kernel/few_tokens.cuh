@@ -44,23 +44,13 @@ __global__ void __launch_bounds__(32 * tuning::most_few_tokens_warps(RowTiles), 
   few_tokens_block<RowTiles, TokenTiles, GroupColumns>(args, static_cast<int>(blockIdx.x));
 }
 
-/// Layers that share a launch, at most.
-inline constexpr int most_layers = 4;
-
-template <class View, class Y, class Epilogue>
-struct few_tokens_layers {
-  product_args<View, Y, Epilogue> of[most_layers];
-  int row_blocks[most_layers];  // of each layer; behind the last one 0
-};
-
 /// Several layers, whose blocks of rows follow each other in blockIdx.x.
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue>
-__global__ void __launch_bounds__(32 * tuning::most_few_tokens_warps(RowTiles), 1)
-    few_tokens_of_layers(const __grid_constant__ few_tokens_layers<View, Y, Epilogue> args) {
-  int block = static_cast<int>(blockIdx.x);
-  int layer = 0;
-  while (block >= args.row_blocks[layer]) block -= args.row_blocks[layer++];
-  few_tokens_block<RowTiles, TokenTiles, GroupColumns>(args.of[layer], block);
+__global__ void
+__launch_bounds__(32 * tuning::most_few_tokens_warps(RowTiles), 1) few_tokens_of_layers(
+    const __grid_constant__ product_layers<most_layers, product_args<View, Y, Epilogue>> layers) {
+  const auto at = layers.find(static_cast<int>(blockIdx.x));
+  few_tokens_block<RowTiles, TokenTiles, GroupColumns>(layers.of[at.layer], at.row_block);
 }
 
 }  // namespace qeft::kernel

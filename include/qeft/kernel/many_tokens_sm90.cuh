@@ -33,15 +33,23 @@ struct many_tokens_shared {
   }
 };
 
-/// A block takes 128 rows and Tokens tokens, and then others (tuning::many_tokens_sm90 says which):
-/// a thread copies activations, two warpgroups multiply. Code that is not made for sm_90a only
-/// traps, and has no static shared memory: device::detail::has_many_tokens_sm90 tells them apart.
-/// @param dense_x of args.dense_x: (tokens, IC - k); and weak_x of args.weak_x: (tokens, k)
-template <int Tokens, index_t GroupColumns, class View, class Y, class Epilogue>
-__global__ void __launch_bounds__(tuning::many_tokens_sm90::threads, 1)
-    many_tokens_sm90(const __grid_constant__ CUtensorMap dense_x,
-                     const __grid_constant__ CUtensorMap weak_x,
-                     const __grid_constant__ product_args<View, Y, Epilogue> args) {
+/// A product, and its activations as the tensor memory accelerator reads them.
+template <class View, class Y, class Epilogue>
+struct many_tokens_sm90_product {
+  CUtensorMap dense_x;  // of args.dense_x, (tokens, IC - k), if there are any
+  CUtensorMap weak_x;   // of args.weak_x, (tokens, k), if there are any
+  product_args<View, Y, Epilogue> args;
+};
+
+/// A block takes 128 rows of a layer and Tokens tokens, and then others (tuning::many_tokens_sm90
+/// says which): a thread copies activations, two warpgroups multiply. Code that is not made for
+/// sm_90a only traps, and has no static shared memory: device::detail::has_many_tokens_sm90 tells
+/// them apart.
+/// @param layers row_blocks are those of a cluster
+template <int Tokens, index_t GroupColumns, int Layers, class View, class Y, class Epilogue>
+__global__ void __launch_bounds__(tuning::many_tokens_sm90::threads, 1) many_tokens_sm90(
+    const __grid_constant__ product_layers<Layers, many_tokens_sm90_product<View, Y, Epilogue>>
+        layers) {
 #if QEFT_DEVICE_SM90A
   using tune = tuning::many_tokens_sm90;
   using scalar = typename View::scalar_type;
@@ -51,18 +59,22 @@ __global__ void __launch_bounds__(tuning::many_tokens_sm90::threads, 1)
   extern __shared__ uint4 shared[];
   auto& mine = arch::aligned<storage>(shared);
 
-  const column_parts dense{args.parts.dense, args.parts.dense_columns,
-                           static_cast<int>(args.w.dense_columns())};
-  const column_parts weak{args.parts.weak, args.parts.weak_columns,
-                          static_cast<int>(args.w.weak_columns())};
-  const int channels = static_cast<int>(args.w.out_channels);
+  const auto& first = layers.of[0].args;  // of which the others have the columns and tokens
+  const column_parts dense{first.parts.dense, first.parts.dense_columns,
+                           static_cast<int>(first.w.dense_columns())};
+  const column_parts weak{first.parts.weak, first.parts.weak_columns,
+                          static_cast<int>(first.w.weak_columns())};
+  // body(product, the cluster's block of its rows, first token)
   const auto for_each_place = [&](const auto& body) {
     const int blocks = arch::cluster_blocks();
-    const int rows = (channels + tune::rows * blocks - 1) / (tune::rows * blocks);
-    const int tokens = (args.tokens + Tokens - 1) / Tokens;
+    const int tokens = (first.tokens + Tokens - 1) / Tokens;
     const int clusters = static_cast<int>(gridDim.x) / blocks;
+    int rows = 0;
+    for (const int of_layer : layers.row_blocks) rows += of_layer;
     for (int i = static_cast<int>(blockIdx.x) / blocks; i < rows * tokens; i += clusters) {
-      body(tune::place_of(i, rows, tokens));
+      const tune::place at = tune::place_of(i, rows, tokens);
+      const auto in = layers.find(at.row);
+      body(layers.of[in.layer], in.row_block, at.token * Tokens);
     }
   };
   // From one lane, so that the compiler knows it to be the same in all.
@@ -70,8 +82,8 @@ __global__ void __launch_bounds__(tuning::many_tokens_sm90::threads, 1)
   ring x(mine.activations, barriers);
 
   if (threadIdx.x == 0) {
-    if (dense.count > 0) arch::prefetch(dense_x);
-    if (weak.count > 0) arch::prefetch(weak_x);
+    if (dense.count > 0) arch::prefetch(layers.of[0].dense_x);
+    if (weak.count > 0) arch::prefetch(layers.of[0].weak_x);
     ring::init(barriers, 4 * tune::multiplying);
   }
   arch::sync_cluster();
@@ -85,18 +97,20 @@ __global__ void __launch_bounds__(tuning::many_tokens_sm90::threads, 1)
       });
     };
     if (threadIdx.x == 0) {
-      for_each_place([&](tune::place at) {
-        fill(dense_x, dense, at.token * Tokens);
-        fill(weak_x, weak, at.token * Tokens);
+      for_each_place([&](const auto& of, int, int token) {
+        fill(of.dense_x, dense, token);
+        fill(of.weak_x, weak, token);
       });
     }
   } else {
     arch::take_registers<tune::multiplying_registers>();
     const int warpgroup = warp / 4 - 1;
     block::output_tile<Tokens> outputs(mine.outputs[warpgroup]);
-    for_each_place([&](tune::place at) {
+    for_each_place([&](const auto& of, int row_block, int token) {
+      const auto& args = of.args;
+      const auto channels = static_cast<int>(args.w.out_channels);
       const int channel =
-          (at.row * arch::cluster_blocks() + arch::block_in_cluster()) * tune::rows +
+          (row_block * arch::cluster_blocks() + arch::block_in_cluster()) * tune::rows +
           64 * warpgroup;
       const int row_tile = min(channel / 16 + warp % 4, (channels - 1) / 16);
       bool starts = true;
@@ -114,8 +128,7 @@ __global__ void __launch_bounds__(tuning::many_tokens_sm90::threads, 1)
         add(of_dense, dense);
       }
       add(of_weak, weak);
-      outputs.store(1 + warpgroup, channel, channels, at.token * Tokens, args.tokens, args.epilogue,
-                    args.y);
+      outputs.store(1 + warpgroup, channel, channels, token, args.tokens, args.epilogue, args.y);
     });
   }
   arch::sync_cluster();  // no block ends while others arrive at its barriers

@@ -19,7 +19,33 @@ struct product_args {
   Y* y;  // (tokens, OC)
   Epilogue epilogue;
   tuning::parts parts;
-  int parts_each = 1;  // that a warp of few_tokens takes in a row
+  int parts_each = 1;          // that a warp of few_tokens takes in a row
+  float* part_sums = nullptr;  // (parts, tokens, OC) of many_tokens, for add_parts; or null
+};
+
+/// Layers that share a launch, at most.
+inline constexpr int most_layers = 4;
+
+/// Products of layers of the same IC, k and group size in one launch, whose blocks of rows follow
+/// each other.
+/// @tparam Product product_args, or what holds them
+template <int Layers, class Product>
+struct product_layers {
+  Product of[Layers];
+  int row_blocks[Layers];  // of each layer; behind the last one 0
+
+  struct place {
+    int layer;
+    int row_block;  // of that layer
+  };
+  /// Where a block of rows of all layers is.
+  __device__ place find(int row_block) const {
+    int layer = 0;
+    if constexpr (Layers > 1) {
+      while (row_block >= row_blocks[layer]) row_block -= row_blocks[layer++];
+    }
+    return {layer, row_block};
+  }
 };
 
 }  // namespace qeft::kernel

@@ -29,11 +29,10 @@ QEFT_HOST_DEVICE constexpr int many_block_tokens(int token_warps) noexcept {
 /// Blocks that keep any device busy.
 inline constexpr index_t enough_blocks = 128;
 /// Whether a block takes one part of the columns only, because there are too few blocks otherwise.
-constexpr bool many_by_parts(index_t out_channels, index_t tokens) noexcept {
+/// @param row_blocks of many_block_rows rows
+constexpr bool many_by_parts(index_t row_blocks, index_t tokens) noexcept {
   return tokens >= many_tokens_from &&
-         ceil_div(out_channels, many_block_rows) *
-                 ceil_div(tokens, many_block_tokens(many_token_warps(tokens))) <
-             enough_blocks;
+         row_blocks * ceil_div(tokens, many_block_tokens(many_token_warps(tokens))) < enough_blocks;
 }
 
 }  // namespace qeft::tuning
