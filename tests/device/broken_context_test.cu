@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What gemm says when an earlier kernel has broken the context. That lasts, so the test is a
+// What functions say when an earlier kernel has broken the context. That lasts, so the test is a
 // program of its own.
 #include "device/support.cuh"
 #include "qeft/qeft.cuh"
@@ -17,6 +17,8 @@ int main() {
   if (!has_device()) return 77;
   const qeft::quantized_matrix<qeft::layout::fragment, qeft::device_memory> w(
       layer_of(40, 512, 16).d);
+  qeft::quantized_matrix<qeft::layout::fragment, qeft::device_memory> other(w.descriptor());
+  const device_array<std::int32_t> rows(40);
   const device_array<qeft::half_bits> x(512);
   device_array<float> y(40);
   break_context<<<1, 1>>>();
@@ -25,6 +27,9 @@ int main() {
   const qeft::status s = qeft::gemv<qeft::format_list<qeft::quant_format<4>>>(qeft::on_stream{}, w,
                                                                               x.data(), y.data());
   check_refused(s, errc::device_error, cudaGetErrorString(broken));
+  check_refused(repack(qeft::on_stream{}, w, other), errc::device_error, "repack failed");
+  check_refused(permute_rows(qeft::on_stream{}, rows.data(), w, other), errc::device_error,
+                "permute_rows failed");
   check(cudaDeviceSynchronize() == broken, "the error is still there");
   std::printf("'%s', %d failures\n", s.message().c_str(), failures);
   std::fflush(stdout);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How gemm is launched: types of outputs, epilogues, streams and graphs, several layers at once,
 // and what is refused.
-#include "device/support.cuh"
+#include "device/product.cuh"
 #include "qeft/qeft.cuh"
 
 namespace {
@@ -17,51 +17,20 @@ using qeft::layout::fragment;
 /// Each format costs a set of kernels.
 using one_format = qeft::format_list<quant_format<4>>;
 
-/// y of the first `tokens` tokens.
-template <class Y, class Format, class Scalar, class Epilogue = qeft::epilogue::none>
-std::vector<Y> product(const qeft::quantized_matrix<fragment, qeft::device_memory>& w,
-                       const device_array<Scalar>& x, index_t tokens, const Epilogue& epilogue = {},
-                       cudaStream_t stream = nullptr) {
-  const qeft::matrix_descriptor& d = w.descriptor();
-  device_array<Y> y(tokens * d.out_channels);
-  qeft::visit_weak(d, w.weak_index().data(), [&](auto weak) {
-    const auto view = w.template view<Format>(weak);
-    device_array<std::byte> space(workspace_bytes(on_stream{}, view, x.data(), tokens));
-    const on_stream exec{stream, {space.data(), space.size()}};
-    const qeft::status s = gemm(exec, view, x.data(), tokens, y.data(), epilogue);
-    if (!s.ok()) fail(describe(d) + ": " + s.message());
-    check(cudaDeviceSynchronize(), "gemm");
-  });
-  return to_host(y);
-}
-
-/// Adds twice what the output already has, and reverses the channels.
-struct user_epilogue {
-  const float* old;
-  index_t out_channels;
-  QEFT_HOST_DEVICE float operator()(float value, index_t token, index_t channel) const {
-    return value + 2 * old[token * out_channels + channel];
-  }
-  QEFT_HOST_DEVICE index_t destination(index_t channel) const { return out_channels - 1 - channel; }
-};
-
 void check_outputs() {
   const auto layer = layer_of(77, 520, 16);
   const qeft::quantized_matrix<fragment, qeft::device_memory> w(pack<fragment>(layer));
   random_source random(2);
   const auto x = random_activations<qeft::half_bits>(random, 3 * 520);
   const auto device_x = to_device(x);
-  const auto y = product<float, quant_format<4>>(w, device_x, 3);
+  const auto y = product<quant_format<4>>(w, device_x, 3);
   check(error_of(layer, x, y) <= 1, "floats");
-  check(error_of(layer, x, product<qeft::half_bits, quant_format<4>>(w, device_x, 3)) <= 1, "f16");
-  check(error_of(layer, x, product<qeft::bf16_bits, quant_format<4>>(w, device_x, 3)) <= 1, "bf16");
+  check(error_of(layer, x, product<quant_format<4>, qeft::half_bits>(w, device_x, 3)) <= 1, "f16");
+  check(error_of(layer, x, product<quant_format<4>, qeft::bf16_bits>(w, device_x, 3)) <= 1, "bf16");
 
   const auto old = to_device(y);
-  const auto z = product<float, quant_format<4>>(w, device_x, 3, user_epilogue{old.data(), 77});
-  for (std::size_t i = 0; i < z.size(); ++i) {
-    const std::size_t from = i / 77 * 77 + 76 - i % 77;
-    if (z[i] != y[from] + 2 * y[from]) return fail("an epilogue of the user's");
-  }
+  check_user_epilogue(y, product<quant_format<4>>(w, device_x, 3, user_epilogue{old.data(), 77}),
+                      77);
 
   // gemv, and formats known at run time.
   device_array<float> one(77);
@@ -81,7 +50,7 @@ void check_outputs() {
   // The same bits on another stream and in a graph.
   cudaStream_t stream = nullptr;
   check(cudaStreamCreate(&stream), "cudaStreamCreate");
-  check(same_start(product<float, quant_format<4>>(w, device_x, 3, {}, stream), y), "a stream");
+  check(same_start(product<quant_format<4>>(w, device_x, 3, {}, stream), y), "a stream");
   device_array<float> replayed(3 * 77);
   // From an address at which activations have to be gathered first.
   std::vector<qeft::half_bits> moved(1);
@@ -108,7 +77,7 @@ void compare_plans(index_t group) {
   const auto view = w.view<quant_format<4>>(qeft::weak_tail<>{{600}});
   random_source random(4);
   const auto x = to_device(random_activations<qeft::half_bits>(random, 2 * 4128));
-  const auto y = product<float, quant_format<4>>(w, x, 2);
+  const auto y = product<quant_format<4>>(w, x, 2);
   const auto parts = qeft::tuning::make_parts(4, 3528, 600);
   const int count = parts.count();
   check(parts.dense > 1 && parts.weak > 1, "several parts of both kinds");

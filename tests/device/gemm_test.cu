@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products on the device against the definition in double, for random layers, and the same bits
 // whatever stands beside a token. Half of the formats per program: they take long to compile.
-#include "device/support.cuh"
-#include "qeft/qeft.cuh"
+#include "device/product.cuh"
 
 namespace {
 
 using namespace qeft_test;
 using qeft::index_t;
-using qeft::on_stream;
 using qeft::quant_format;
 using qeft::zero_kind;
 using qeft::layout::fragment;
@@ -25,23 +23,6 @@ using formats =
                       quant_format<2, qeft::dynamic, zero_kind::integer, qeft::bf16_bits>,
                       quant_format<8, qeft::dynamic, zero_kind::scaled, qeft::bf16_bits>>;
 #endif
-
-/// y of the first `tokens` tokens.
-template <class Format, class Scalar>
-std::vector<float> product(const qeft::quantized_matrix<fragment, qeft::device_memory>& w,
-                           const device_array<Scalar>& x, index_t tokens) {
-  const qeft::matrix_descriptor& d = w.descriptor();
-  device_array<float> y(tokens * d.out_channels);
-  qeft::visit_weak(d, w.weak_index().data(), [&](auto weak) {
-    const auto view = w.template view<Format>(weak);
-    device_array<std::byte> space(workspace_bytes(on_stream{}, view, x.data(), tokens));
-    const on_stream exec{nullptr, {space.data(), space.size()}};
-    const qeft::status s = gemm(exec, view, x.data(), tokens, y.data());
-    if (!s.ok()) fail(describe(d) + ": " + s.message());
-    check(cudaDeviceSynchronize(), "gemm");
-  });
-  return to_host(y);
-}
 
 template <class Format>
 void compare(const plain_layer& layer, random_source& random) {

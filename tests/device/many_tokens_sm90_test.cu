@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products with many tokens on compute capability 9.0, against the definition in double and, bit
 // for bit, against those with few tokens.
-#include "device/support.cuh"
+#include "device/product.cuh"
 #include "qeft/device/many_tokens_sm90.cuh"
 #include "qeft/qeft.cuh"
 
@@ -43,15 +43,6 @@ ordered_activations<Scalar> in_order(const plain_layer& layer, const std::vector
   }
   return a;
 }
-
-/// Adds the token's number, and reverses the channels.
-struct user_epilogue {
-  index_t out_channels;
-  QEFT_HOST_DEVICE float operator()(float value, index_t token, index_t channel) const {
-    return value + static_cast<float>(token) + 2 * static_cast<float>(channel);
-  }
-  QEFT_HOST_DEVICE index_t destination(index_t channel) const { return out_channels - 1 - channel; }
-};
 
 /// What computes a product, and the tokens of its blocks.
 template <int Tokens>
@@ -173,7 +164,10 @@ void check_outputs() {
   };
   check(same(qeft::half_bits{}, qeft::epilogue::none{}), "half");
   check(same(qeft::bf16_bits{}, qeft::epilogue::none{}), "bf16");
-  check(same(float{}, user_epilogue{177}), "an epilogue of the user's");
+  std::vector<float> values(140 * 177);
+  for (float& v : values) v = static_cast<float>(random.real());
+  const auto old = to_device(values);
+  check(same(float{}, user_epilogue{old.data(), 177}), "an epilogue of the user's");
   check(product<float, quant_format<4>>(by_choice{}, w, x, 140) ==
             product<float, quant_format<4>>(by_few{}, w, x, 140),
         "tokens of a block by choice");

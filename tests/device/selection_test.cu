@@ -12,6 +12,7 @@ using qeft::on_stream;
 using qeft::top_k;
 using qeft::top_k_per_head;
 using qeft::weak_last;
+using qeft::weak_last_per_head;
 
 /// An executor with a workspace for so many columns.
 class executor {
@@ -93,13 +94,21 @@ void compare_top_k_per_head(random_source& random) {
   const index_t k = heads * random.pick<index_t>({0, head_dim, random.integer(0, head_dim)});
   const auto s = random_sensitivities(columns, random);
   const auto device_s = to_device(s);
+  const executor exec(columns);
   device_array<std::int32_t> chosen(k);
-  expect(top_k_per_head(executor(columns), device_s.data(), columns, heads, value_heads, k,
-                        chosen.data()),
+  expect(top_k_per_head(exec, device_s.data(), columns, heads, value_heads, k, chosen.data()),
          "top_k_per_head");
-  expect_same(chosen, qeft::top_k_per_head(s, heads, value_heads, k),
-              std::to_string(k) + " of " + std::to_string(columns) + " columns in " +
-                  std::to_string(heads) + " heads that share " + std::to_string(value_heads));
+  const std::string what = std::to_string(k) + " of " + std::to_string(columns) + " columns in " +
+                           std::to_string(heads) + " heads that share " +
+                           std::to_string(value_heads);
+  const auto expected = qeft::top_k_per_head(s, heads, value_heads, k);
+  expect_same(chosen, expected, what);
+
+  device_array<std::int32_t> source(columns);
+  expect(weak_last_per_head(exec, columns, heads, {chosen.data(), k}, source.data()),
+         "weak_last_per_head");
+  expect_same(source, qeft::weak_last_per_head(columns, heads, expected).source(),
+              "weak_last_per_head: " + what);
 }
 
 void compare_global_selection(random_source& random) {
@@ -183,6 +192,10 @@ void check_refusals() {
           "sum is null");
   refused(weak_last(exec, 100, {chosen.data(), 101}, chosen.data()), "k is 101");
   refused(weak_last(exec, 100, {nullptr, 2}, chosen.data()), "weak is null");
+  refused(weak_last(exec, 100, {chosen.data(), 2}, nullptr), "source is null");
+  refused(weak_last_per_head(exec, 100, 0, {chosen.data(), 4}, chosen.data()), "heads is 0");
+  refused(weak_last_per_head(exec, 100, 3, {chosen.data(), 3}, chosen.data()), "heads is 3");
+  refused(weak_last_per_head(exec, 100, 4, {chosen.data(), 6}, chosen.data()), "the 6 weak ones");
   refused(add_column_squares(on_stream{}, static_cast<float*>(nullptr), 1, 100, sum.data()),
           "x is null");
   refused(add_column_squares(on_stream{}, static_cast<float*>(nullptr), -1, 100, sum.data()),

@@ -2,6 +2,7 @@
 // Activations on their way through shared memory, for all blocks of a cluster.
 #pragma once
 
+#include "qeft/arch/index.cuh"
 #include "qeft/arch/tensor_map.cuh"
 #include "qeft/arch/wgmma.cuh"
 #include "qeft/tuning/many_tokens_sm90.hpp"
@@ -69,7 +70,7 @@ class activation_ring {
   }
   /// This warp has multiplied the stage. @pre all lanes take part
   __device__ void leave() {
-    const int lane = static_cast<int>(threadIdx.x % 32U);
+    const int lane = arch::lane();
     if (lane < blocks_) arch::arrive_in_block(barriers_.left[stage_], lane);
     advance();
   }

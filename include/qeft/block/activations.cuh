@@ -2,6 +2,7 @@
 // The activations that the warps of a block share, on their way through shared memory.
 #pragma once
 
+#include "qeft/arch/index.cuh"
 #include "qeft/warp/activations.cuh"
 
 namespace qeft::block {
@@ -34,8 +35,8 @@ class activations {
   /// @param shared shared_bytes
   __device__ activations(const warp::token_rows<Scalar>& x, void* shared)
       : stride_(x.stride), tokens_(x.tokens < rows ? x.tokens : rows) {
-    const int lane = static_cast<int>(threadIdx.x % 32U);
-    const int warp = static_cast<int>(threadIdx.x / 32U);
+    const int lane = arch::lane();
+    const int warp = arch::warp();
     next_ = x.data + index_t{warp} * x.stride + lane * 8;
     const std::uint32_t begin = arch::shared_address(shared);
     written_ = begin + static_cast<std::uint32_t>(warp * row_bytes + lane * 16);
@@ -53,10 +54,10 @@ class activations {
         arch::copy_async<begin + i * warps * row_bytes>(written_, next_ + i * warps * stride_);
       });
     } else {
-      const int lane = static_cast<int>(threadIdx.x % 32U);
+      const int lane = arch::lane();
       const int elements = min(max(left - lane * 8, 0), 8);
 #pragma unroll 1
-      for (int row = static_cast<int>(threadIdx.x / 32U), i = 0; row < rows; row += warps, ++i) {
+      for (int row = arch::warp(), i = 0; row < rows; row += warps, ++i) {
         arch::copy_async(written_ + static_cast<std::uint32_t>(begin + i * warps * row_bytes),
                          next_ + i * warps * stride_, row < tokens_ ? 2 * elements : 0);
       }

@@ -3,6 +3,7 @@
 // compute capability 9.0 alone.
 #pragma once
 
+#include "qeft/arch/index.cuh"
 #include "qeft/block/activation_ring.cuh"
 #include "qeft/block/output_tile.cuh"
 #include "qeft/core/unroll.hpp"
@@ -82,7 +83,7 @@ class dense_product {
 
     __device__ code_stream(const View& w, int row_tile)
         : last_(static_cast<int>(w.dense_columns())) {
-      const int lane = static_cast<int>(threadIdx.x % 32U);
+      const int lane = arch::lane();
       const std::uint32_t* tile = w.codes + index_t{row_tile} * ceil_quotient(last_, tile_columns) *
                                                 fragment::tile_words<bits>();
       low_ = tile + lane * 4;
@@ -110,7 +111,7 @@ class dense_product {
 
     /// Asks for the next stage that is not in the cache yet: each lane for a line.
     __device__ void prefetch(int column) {
-      const int lane = static_cast<int>(threadIdx.x % 32U);
+      const int lane = arch::lane();
       if (lane < stage_tiles * tile_lines && column + lane / tile_lines * tile_columns < last_) {
         arch::prefetch(lines_);
       }

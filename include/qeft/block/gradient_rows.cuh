@@ -3,6 +3,7 @@
 #pragma once
 
 #include "qeft/arch/copy.cuh"
+#include "qeft/arch/index.cuh"
 #include "qeft/arch/mma.cuh"
 #include "qeft/core/unroll.hpp"
 #include "qeft/tuning/backward.hpp"
@@ -51,7 +52,7 @@ class gradient_rows {
   /// Where a lane reads the first 16 rows of a part in a stage; what belongs to a row lies 2 bytes
   /// behind that of the one before.
   __device__ std::uint32_t operand_address(int stage, int part) const {
-    const int lane = static_cast<int>(threadIdx.x % 32U);
+    const int lane = arch::lane();
     return shared_ +
            static_cast<std::uint32_t>(stage * stage_bytes + part * 2 * rows +
                                       (lane / 16 * 8 + lane % 8) * token_bytes + lane / 8 % 2 * 16);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "qeft/arch/copy.cuh"
+#include "qeft/arch/index.cuh"
 #include "qeft/arch/mma.cuh"
 #include "qeft/tuning/backward.hpp"
 
@@ -61,11 +62,11 @@ class token_columns {
   /// the contraction is over tokens), and as two B operands beside each other; in a stage's 16
   /// first tokens.
   __device__ std::uint32_t a_address(int column) const {
-    const int lane = static_cast<int>(threadIdx.x % 32U);
+    const int lane = arch::lane();
     return address(lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8);
   }
   __device__ std::uint32_t b_address(int column) const {
-    const int lane = static_cast<int>(threadIdx.x % 32U);
+    const int lane = arch::lane();
     return address(lane / 8 % 2 * 8 + lane % 8, column + lane / 16 * 8);
   }
   /// From there to the Step-th 16 tokens and `Columns` columns on.

@@ -3,6 +3,7 @@
 // compute capability 9.0 alone.
 #pragma once
 
+#include "qeft/arch/index.cuh"
 #include "qeft/block/activation_ring.cuh"
 #include "qeft/block/output_tile.cuh"
 #include "qeft/container/quantized_matrix_view.hpp"
@@ -46,7 +47,7 @@ class weak_product {
     for (int at = first; at < last; at += stage_columns) {
       prefetch(at + stage_columns);
       std::uint32_t a[stage_steps][4] = {};
-      const std::uint32_t* words = words_ + at / step_columns * step_words + lane() * 4;
+      const std::uint32_t* words = words_ + at / step_columns * step_words + arch::lane() * 4;
       unroll<stage_steps>([&](auto i) {
         if (at + i * step_columns < last) arch::load_once<4, i * step_words>(a[i], words);
       });
@@ -67,13 +68,12 @@ class weak_product {
   }
 
  private:
-  static __device__ int lane() { return static_cast<int>(threadIdx.x % 32U); }
   /// Asks for a stage: each lane for one line of 128 bytes, a quarter of a k-step.
   __device__ void prefetch(int column) const {
     static_assert(stage_steps * step_words * 4 == 32 * 128);
-    const int step = column / step_columns + lane() / 4;
+    const int step = column / step_columns + arch::lane() / 4;
     if (step * step_columns >= columns_) return;
-    arch::prefetch(words_ + step * step_words + lane() % 4 * 32);
+    arch::prefetch(words_ + step * step_words + arch::lane() % 4 * 32);
   }
   /// Starts to add k-steps Step and Step + 1.
   template <int Step>

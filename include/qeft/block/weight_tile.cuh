@@ -3,6 +3,7 @@
 #pragma once
 
 #include "qeft/arch/copy.cuh"
+#include "qeft/arch/index.cuh"
 #include "qeft/container/quantized_matrix_view.hpp"
 #include "qeft/core/unroll.hpp"
 #include "qeft/layout/fragment.hpp"
@@ -57,7 +58,7 @@ class weight_tile {
         dense_(static_cast<int>(dense_before(first_column + columns_)) - first_dense_),
         shifts_(shifts),
         shared_(shared) {
-    const int row = static_cast<int>(threadIdx.x % 32U) / 4;
+    const int row = arch::lane() / 4;
     row_[0] = shared.weights[row] + shift(row);
     row_[1] = shared.weights[row + 8] + shift(row + 8);
   }
@@ -74,7 +75,7 @@ class weight_tile {
       find_places();
       __syncthreads();
     }
-    const int warp = static_cast<int>(threadIdx.x / 32U);
+    const int warp = arch::warp();
     const int warps = static_cast<int>(blockDim.x / 32U);
     const int end = first_dense_ + dense_;
     for (int i = first_dense_ / tile_columns + warp; i * tile_columns < end; i += warps) {
@@ -105,7 +106,7 @@ class weight_tile {
 
   /// A tile of codes. For one warp.
   __device__ void add_dense(int column_tile) {
-    const int lane = static_cast<int>(threadIdx.x % 32U);
+    const int lane = arch::lane();
     const std::uint32_t* const codes =
         w_.codes + fragment::tile_word<format::bits>(w_.extent(), 0, row_tile_, column_tile);
     typename unpack::lane_words words;
@@ -129,7 +130,7 @@ class weight_tile {
   /// A k-step of weak columns. For one warp.
   __device__ void add_weak(int step) {
     const index_t steps = fragment::weak_steps(w_.extent());
-    const int lane = static_cast<int>(threadIdx.x % 32U);
+    const int lane = arch::lane();
     std::uint32_t words[4];
     arch::load_once<4>(words, reinterpret_cast<const std::uint32_t*>(w_.weak_values) +
                                   ((row_tile_ * steps + step) * fragment::lanes + lane) * 4);
@@ -155,8 +156,7 @@ class weight_tile {
         format::zero == zero_kind::scaled, std::uint32_t,
         std::conditional_t<fragment::zero_width<format::bits> == 4, std::uint8_t, std::uint16_t>>;
     const index_t sets = fragment::group_sets(w_.extent());
-    const index_t at =
-        (row_tile_ * sets + set) * fragment::lanes + static_cast<int>(threadIdx.x % 32U);
+    const index_t at = (row_tile_ * sets + set) * fragment::lanes + arch::lane();
     set_ = set;
     scales_ = reinterpret_cast<const std::uint32_t*>(w_.scales)[at];
     if constexpr (format::zero != zero_kind::symmetric) {

@@ -13,6 +13,7 @@ namespace device::detail {
 /// A layer on its way to another layout: its arrays, and the row that each row comes from.
 template <class From, class To, class FromMemory, class ToMemory>
 struct layout_change {
+  const char* function;  // named in errors
   cudaStream_t stream;
   const quantized_matrix<From, FromMemory>& from;
   quantized_matrix<To, ToMemory>& to;
@@ -22,9 +23,8 @@ struct layout_change {
   template <class... Parameters, class... Arguments>
   status launch(void (*kernel)(Parameters...), dim3 grid, index_t threads,
                 const Arguments&... arguments) const {
-    return qeft::detail::launch_kernel<Parameters...>("repack: the launch", kernel, grid,
-                                                      static_cast<unsigned>(threads), 0, stream,
-                                                      arguments...);
+    return qeft::detail::launch_kernel<Parameters...>(
+        function, kernel, grid, static_cast<unsigned>(threads), 0, stream, arguments...);
   }
   /// Blocks of 128 threads with a warp for each row.
   dim3 rows() const { return {static_cast<unsigned>(ceil_div(e.out_channels, 4))}; }
@@ -34,7 +34,7 @@ struct layout_change {
       if (bytes.empty()) continue;
       const cudaError_t code =
           cudaMemsetAsync(bytes.data(), 0, static_cast<std::size_t>(bytes.size()), stream);
-      if (code != cudaSuccess) return qeft::detail::cuda_status(code, "repack: cudaMemsetAsync");
+      if (code != cudaSuccess) return qeft::detail::cuda_status(code, function);
     }
     return {};
   }
@@ -83,7 +83,7 @@ struct layout_change {
       static_cast<void>(result = move_fields<bits>());  // nvcc takes it for a value that is dropped
     });
     if (!result.ok()) return result;
-    return copy_array<device_memory, device_memory>(stream, "repack: weak_index", from.weak_index(),
+    return copy_array<device_memory, device_memory>(stream, function, from.weak_index(),
                                                     weak_index_access::of(to));
   }
 };
@@ -122,7 +122,7 @@ status repack(const on_stream& exec, const quantized_matrix<From, FromMemory>& f
   if (status s = supports_repack(exec, from, to); !s.ok()) return s;
   if (from.descriptor().out_channels == 0) return {};  // made without arguments, or moved from
   return device::detail::layout_change<From, To, FromMemory, ToMemory>{
-      exec.stream, from, to, {nullptr}}
+      "repack", exec.stream, from, to, {nullptr}}
       .run();
 }
 
@@ -152,7 +152,7 @@ status permute_rows(const on_stream& exec, const std::int32_t* source,
   if (status s = supports_permute_rows(exec, source, from, to); !s.ok()) return s;
   if (from.descriptor().out_channels == 0) return {};
   return device::detail::layout_change<From, To, FromMemory, ToMemory>{
-      exec.stream, from, to, {source}}
+      "permute_rows", exec.stream, from, to, {source}}
       .run();
 }
 

@@ -170,15 +170,49 @@ inline status mark_best(const char* function, cudaStream_t stream, const selecti
                           space.order, space.is_chosen);
 }
 
+/// Sets `before` in the workspace from is_chosen.
+inline status count_before(const char* function, cudaStream_t stream, const selection_space& space,
+                           index_t columns) {
+  std::size_t bytes = space.scratch_bytes;
+  return qeft::detail::cuda_status(
+      count_before(space.scratch, bytes, space.is_chosen, space.before, columns, stream), function);
+}
+
 /// Lists what is_chosen in the workspace says.
 inline status list_columns(const char* function, cudaStream_t stream, const selection_space& space,
-                           index_t columns, std::int32_t* chosen, std::int32_t* others) {
-  std::size_t bytes = space.scratch_bytes;
-  const cudaError_t code =
-      count_before(space.scratch, bytes, space.is_chosen, space.before, columns, stream);
-  if (code != cudaSuccess) return qeft::detail::cuda_status(code, function);
+                           index_t columns, std::int32_t* chosen) {
+  if (status s = count_before(function, stream, space, columns); !s.ok()) return s;
   return for_each_element(function, stream, columns, kernel::list_columns<std::int32_t>,
-                          space.is_chosen, space.before, columns, chosen, others);
+                          space.is_chosen, space.before, columns, chosen);
+}
+
+/// weak_last inside each of `heads` heads.
+inline status weak_last(const char* name, const on_stream& exec, index_t size, index_t heads,
+                        span<const std::int32_t> weak, std::int32_t* source) {
+  std::size_t scratch = 0;
+  const index_t k = weak.size();
+  if (status s = check_choice(name, exec, size, k, scratch); !s.ok()) return s;
+  if (heads < 1 || size % heads != 0 || k % heads != 0) {
+    return refuse(text(name, ": heads is ", heads, ", but must divide both the ", size,
+                       " columns and the ", k, " weak ones"));
+  }
+  if (size == 0) return {};
+  if (status s = check_array(name, {"source", source}); !s.ok()) return s;
+  const selection_space space(exec.workspace.data(), size, scratch);
+  const cudaError_t code = cudaMemsetAsync(
+      space.is_chosen, 0, static_cast<std::size_t>(size) * sizeof(std::int32_t), exec.stream);
+  if (code != cudaSuccess) return qeft::detail::cuda_status(code, name);
+  if (!weak.empty()) {
+    if (status s = check_array(name, {"weak", weak.data()}); !s.ok()) return s;
+    if (status s = for_each_element(name, exec.stream, k, kernel::mark_listed<std::int32_t>,
+                                    weak.data(), k, space.is_chosen);
+        !s.ok()) {
+      return s;
+    }
+  }
+  if (status s = count_before(name, exec.stream, space, size); !s.ok()) return s;
+  return for_each_element(name, exec.stream, size, kernel::order_chosen_last<std::int32_t>,
+                          space.is_chosen, space.before, size, size / heads, k / heads, source);
 }
 
 }  // namespace device::detail
@@ -261,7 +295,7 @@ inline status top_k(const on_stream& exec, const double* sensitivity, index_t co
   if (status s = d::mark_best(name, exec.stream, space, sensitivity, {1, 1, columns, k}); !s.ok()) {
     return s;
   }
-  return d::list_columns(name, exec.stream, space, columns, chosen, nullptr);
+  return d::list_columns(name, exec.stream, space, columns, chosen);
 }
 
 /// The k / heads most sensitive channels of every head, shared by the query heads of a value head:
@@ -291,7 +325,7 @@ inline status top_k_per_head(const on_stream& exec, const double* sensitivity, i
   const d::selection_space space(exec.workspace.data(), columns, scratch);
   const kernel::head_choice choice{value_heads, heads / value_heads, columns / heads, k / heads};
   if (status s = d::mark_best(name, exec.stream, space, sensitivity, choice); !s.ok()) return s;
-  return d::list_columns(name, exec.stream, space, columns, chosen, nullptr);
+  return d::list_columns(name, exec.stream, space, columns, chosen);
 }
 
 /// Adds a layer to the global selection: sum[c] += s[c] / mean(s), where s is among the k largest
@@ -340,28 +374,18 @@ inline status add_to_selection(const on_stream& exec, const double* sensitivity,
 /// @param source (size); source[i] is the column that moves to i
 inline status weak_last(const on_stream& exec, index_t size, span<const std::int32_t> weak,
                         std::int32_t* source) {
-  namespace d = device::detail;
-  constexpr const char* name = "weak_last";
-  std::size_t scratch = 0;
-  if (status s = d::check_choice(name, exec, size, weak.size(), scratch); !s.ok()) return s;
-  if (size == 0) return {};
-  if (status s = d::check_array(name, {"source", source}); !s.ok()) return s;
-  const d::selection_space space(exec.workspace.data(), size, scratch);
-  const cudaError_t code = cudaMemsetAsync(
-      space.is_chosen, 0, static_cast<std::size_t>(size) * sizeof(std::int32_t), exec.stream);
-  if (code != cudaSuccess) return qeft::detail::cuda_status(code, "weak_last: cudaMemsetAsync");
-  if (!weak.empty()) {
-    if (status s = d::check_array(name, {"weak", weak.data()}); !s.ok()) {
-      return s;
-    }
-    if (status s =
-            d::for_each_element(name, exec.stream, weak.size(), kernel::mark_listed<std::int32_t>,
-                                weak.data(), weak.size(), space.is_chosen);
-        !s.ok()) {
-      return s;
-    }
-  }
-  return d::list_columns(name, exec.stream, space, size, source + (size - weak.size()), source);
+  return device::detail::weak_last("weak_last", exec, size, 1, weak, source);
+}
+
+/// weak_last inside each of `heads` heads of equal size: qeft::weak_last_per_head of the host.
+///
+/// @param exec   @param size @param weak @param source as for weak_last; every head must hold
+///               equally many of the weak columns, else `source` is written out of bounds or with
+///               gaps
+/// @param heads  divides size and the number of weak columns
+inline status weak_last_per_head(const on_stream& exec, index_t size, index_t heads,
+                                 span<const std::int32_t> weak, std::int32_t* source) {
+  return device::detail::weak_last("weak_last_per_head", exec, size, heads, weak, source);
 }
 
 }  // namespace QEFT_TARGET

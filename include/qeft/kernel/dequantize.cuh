@@ -2,6 +2,7 @@
 // W out of its packed form, for what needs a plain matrix.
 #pragma once
 
+#include "qeft/arch/index.cuh"
 #include "qeft/block/weight_tile.cuh"
 
 namespace qeft::kernel {
@@ -33,10 +34,9 @@ __global__ void __launch_bounds__(dequantize_threads)
                  shared);
   tile.fill();
 
-  const int lane = static_cast<int>(threadIdx.x % 32U);
+  const int lane = arch::lane();
   const index_t rows = w.out_channels - row_tile * tile_type::rows;
-  for (int r = static_cast<int>(threadIdx.x / 32U); r < tile_type::rows && r < rows;
-       r += dequantize_threads / 32) {
+  for (int r = arch::warp(); r < tile_type::rows && r < rows; r += dequantize_threads / 32) {
     const int begin = tile.shift(r);
     const int end = begin + tile.columns();
     const Y* const from = shared.weights[r];

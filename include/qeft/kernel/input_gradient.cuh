@@ -2,6 +2,7 @@
 // dX = dY W from the packed layer: what is made of the operands first, and the product.
 #pragma once
 
+#include "qeft/arch/index.cuh"
 #include "qeft/block/gradient_rows.cuh"
 #include "qeft/thread/activation_order.hpp"
 #include "qeft/warp/column_tile.cuh"
@@ -43,7 +44,7 @@ __device__ inline unsigned largest_of_block(unsigned x) {
   constexpr int warps = prepare_threads / 32;
   __shared__ unsigned of_warp[warps];
   const unsigned mine = __reduce_max_sync(0xffffffffU, x);
-  if (threadIdx.x % 32U == 0) of_warp[threadIdx.x / 32U] = mine;
+  if (arch::lane() == 0) of_warp[arch::warp()] = mine;
   __syncthreads();
   unsigned largest = 0;
   for (const unsigned other : of_warp) largest = max(largest, other);
@@ -174,8 +175,7 @@ template <class Columns, class View, class Operands, class MakeColumns>
 __device__ void sum_columns(const gradient_block<View>& block, const Operands& of,
                             const MakeColumns& make_columns, uint4* shared) {
   using shape = gradient_block<View>;
-  // From one lane, so that the compiler knows it to be the same in all.
-  const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x / 32U), 0);
+  const int warp = arch::uniform_warp();
   const int column = warp % tuning::column_warps * Columns::columns;
   const int part = warp / tuning::column_warps;
   const bool takes_part = column < block.column_count;
@@ -200,7 +200,7 @@ __device__ void sum_columns(const gradient_block<View>& block, const Operands& o
     }
   }
   __syncthreads();
-  const int lane = static_cast<int>(threadIdx.x % 32U);
+  const int lane = arch::lane();
   float* const to =
       reinterpret_cast<float*>(shared) + lane % 4 * 2 * shape::sums_stride + column + lane / 4;
   for (int turn = 0; turn < tuning::row_parts; ++turn) {

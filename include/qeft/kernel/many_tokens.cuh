@@ -2,6 +2,7 @@
 // Y = X W^T for many tokens, with mma.
 #pragma once
 
+#include "qeft/arch/index.cuh"
 #include "qeft/block/activations.cuh"
 #include "qeft/kernel/product_args.cuh"
 #include "qeft/tuning/many_tokens.hpp"
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(32 * tuning::many_row_warps * TokenWarps, 2 / 
   const int first_row = at.row_block * rows;
   const int first_token = static_cast<int>(blockIdx.y) * most_tokens;
   const int tokens = min(args.tokens - first_token, most_tokens);
-  const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x / 32U), 0);
+  const int warp = arch::uniform_warp();
   const int row_warp = warp % tuning::many_row_warps;
   const int token_warp = warp / tuning::many_row_warps;
   const product of(args.w, first_row / 16 + row_warp * row_tiles);

@@ -2,6 +2,7 @@
 // Y = X W^T for many tokens on compute capability 9.0: the tensor cores are what is short.
 #pragma once
 
+#include "qeft/arch/index.cuh"
 #include "qeft/block/dense_product.cuh"
 #include "qeft/block/weak_product.cuh"
 #include "qeft/kernel/product_args.cuh"
@@ -77,8 +78,7 @@ __global__ void __launch_bounds__(tuning::many_tokens_sm90::threads, 1) many_tok
       body(layers.of[in.layer], in.row_block, at.token * Tokens);
     }
   };
-  // From one lane, so that the compiler knows it to be the same in all.
-  const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x / 32U), 0);
+  const int warp = arch::uniform_warp();
   ring x(mine.activations, barriers);
 
   if (threadIdx.x == 0) {

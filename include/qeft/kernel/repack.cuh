@@ -2,6 +2,7 @@
 // From one layout to another, for any two layouts, and rows in another order on the way.
 #pragma once
 
+#include "qeft/arch/index.cuh"
 #include "qeft/layout/fragment.hpp"
 #include "qeft/layout/row_packed.hpp"
 #include "qeft/layout/simd_tile.hpp"
@@ -57,8 +58,8 @@ __global__ void __launch_bounds__(32 * repack_warps<To>)
   constexpr int words = first_words + tile_span<To, Bits, 1>;
   constexpr int warps = repack_warps<To>;
   __shared__ std::uint32_t shared[warps][words];
-  const int lane = static_cast<int>(threadIdx.x % 32U);
-  const int warp = static_cast<int>(threadIdx.x / 32U);
+  const int lane = arch::lane();
+  const int warp = arch::warp();
   std::uint32_t* const tile = shared[warp];
 
   const index_t n_tile = blockIdx.x;
@@ -105,7 +106,7 @@ __global__ void repack_scalars(layout::extent e, scalar_arrays<const std::uint16
   const index_t n = (index_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
   if (n >= e.out_channels) return;
   const index_t s = source(n);
-  const index_t lane = threadIdx.x % 32U;
+  const index_t lane = arch::lane();
   for (index_t j = lane; j < e.weak; j += 32) {
     to.weak[To::weak_index(e, n, j)] = from.weak[From::weak_index(e, s, j)];
   }
@@ -124,7 +125,7 @@ __global__ void repack_zeros(layout::extent e, const std::uint32_t* from, std::u
   using planes = bit_planes<Bits>;
   const index_t n = (index_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
   if (n >= e.out_channels) return;
-  for (index_t g = threadIdx.x % 32U; g < e.groups; g += 32) {
+  for (index_t g = arch::lane(); g < e.groups; g += 32) {
     const unsigned zero = gather_code<Bits>(from, layout::zero_place<From, Bits>{e, source(n), g});
     for (int p = 0; p < planes::count; ++p) {
       const code_address at = To::template locate_zero<Bits>(e, p, n, g);

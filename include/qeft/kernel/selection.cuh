@@ -86,18 +86,27 @@ __global__ void mark_listed(const Index* list, index_t count, Index* is_chosen) 
   if (j < count) is_chosen[list[j]] = 1;
 }
 
-/// Lists the chosen columns in ascending order, and the others, if asked for.
-/// @param before chosen columns in front of each column  @param others null, or for the others
+/// Lists the chosen columns in ascending order. @param before chosen columns in front of each column
 template <class Index>
 __global__ void list_columns(const Index* is_chosen, const Index* before, index_t columns,
-                             Index* chosen, Index* others) {
+                             Index* chosen) {
+  const index_t j = element();
+  if (j < columns && is_chosen[j] != 0) chosen[before[j]] = static_cast<Index>(j);
+}
+
+/// source[i] = the column that moves to i where those of each head that are not chosen come first,
+/// then those that are, both in order.
+/// @param before   chosen columns in front of each column
+/// @param head_dim columns of a head  @param head_chosen of them
+template <class Index>
+__global__ void order_chosen_last(const Index* is_chosen, const Index* before, index_t columns,
+                                  index_t head_dim, index_t head_chosen, Index* source) {
   const index_t j = element();
   if (j >= columns) return;
-  if (is_chosen[j] != 0) {
-    chosen[before[j]] = static_cast<Index>(j);
-  } else if (others != nullptr) {
-    others[j - before[j]] = static_cast<Index>(j);
-  }
+  const index_t head = j / head_dim;
+  const index_t before_in_head = before[j] - head * head_chosen;
+  source[is_chosen[j] != 0 ? (head + 1) * head_dim - head_chosen + before_in_head
+                           : j - before_in_head] = static_cast<Index>(j);
 }
 
 /// *mean = the mean of x, summed up in order. For one block.

@@ -2,6 +2,7 @@
 // The gradient of the weak columns, dW = dY^T X, and the activations that it needs.
 #pragma once
 
+#include "qeft/arch/index.cuh"
 #include "qeft/block/token_columns.cuh"
 #include "qeft/core/unroll.hpp"
 
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(weak_gradient_threads)
   const int first_column = static_cast<int>(blockIdx.y) * tile;
   const staged dy(args.dy, first_row, shared[0]);
   const staged x(args.x_weak, first_column, shared[1]);
-  const int warp = static_cast<int>(threadIdx.x / 32U);
+  const int warp = arch::warp();
   const auto start = [&](int stage, int token) {
     if (token < args.tokens) {
       dy.start(stage, token, args.tokens - token);
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(weak_gradient_threads)
     stage = (stage + 1) % stages;
   }
 
-  const int lane = static_cast<int>(threadIdx.x % 32U);
+  const int lane = arch::lane();
   for (int t = 0; t < tile / 8; ++t) {
     for (int i = 0; i < 4; ++i) {
       const int row = first_row + 16 * warp + lane / 4 + i / 2 * 8;

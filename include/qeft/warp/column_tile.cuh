@@ -2,6 +2,7 @@
 // What a warp contributes to dX = dY W: some columns of W, row after row, a few tokens.
 #pragma once
 
+#include "qeft/arch/index.cuh"
 #include "qeft/arch/mma.cuh"
 #include "qeft/core/unroll.hpp"
 #include "qeft/thread/split_product.hpp"
@@ -42,7 +43,7 @@ class row_scales {
   template <class View>
   __device__ row_scales(const View& w, int group, int row_tile)
       : step_(static_cast<int>(fragment::group_sets(w.extent())) * fragment::lanes) {
-    const int lane = static_cast<int>(threadIdx.x % 32U);
+    const int lane = arch::lane();
     const index_t first = index_t{row_tile} * step_ + group / 4 * fragment::lanes + group % 4;
     contracted_ = reinterpret_cast<const std::uint32_t*>(w.scales) + first + lane % 4 * 8;
     own_ = lane / 4 * 4 - lane % 4 * 8;
@@ -117,7 +118,7 @@ class dense_columns {
   /// @param group_factors what scales are multiplied with, if needs_factors<scalar>
   __device__ dense_columns(const View& w, int first, int row_tile, const float* group_factors)
       : tiles_left_(static_cast<int>(fragment::row_tiles(w.extent())) - row_tile) {
-    const int lane = static_cast<int>(threadIdx.x % 32U);
+    const int lane = arch::lane();
     const index_t tiles = fragment::column_tiles<format::bits>(w.extent());
     step_ = static_cast<int>(tiles * fragment::tile_words<format::bits>());
     const int part = first / columns % parts;
@@ -248,7 +249,7 @@ class weak_columns {
     steps_ = weak_steps - first / 16;
     step_ = index_t{weak_steps} * step_words;
     values_ = reinterpret_cast<const std::uint32_t*>(w.weak_values) + row_tile * step_ +
-              first / 16 * step_words + static_cast<int>(threadIdx.x % 32U) * 4;
+              first / 16 * step_words + arch::lane() * 4;
     unroll<tiles_ahead>([&](auto i) { load<i>(i < tiles_left_); });
   }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "qeft/arch/copy.cuh"
+#include "qeft/arch/index.cuh"
 #include "qeft/arch/shuffle.cuh"
 #include "qeft/container/quantized_matrix_view.hpp"
 #include "qeft/layout/fragment.hpp"
@@ -43,7 +44,7 @@ class group_scales {
   /// The same, but what is loaded is there after the first `advance`.
   template <class View>
   static __device__ group_scales ahead(const View& w, int set) {
-    const index_t first = index_t{set} * fragment::lanes + static_cast<int>(threadIdx.x % 32U);
+    const index_t first = index_t{set} * fragment::lanes + arch::lane();
     group_scales of_set;
     of_set.scales_ = reinterpret_cast<const std::uint32_t*>(w.scales) + first;
     if constexpr (has_zeros || is_scaled) {
