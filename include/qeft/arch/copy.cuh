@@ -68,18 +68,25 @@ __device__ __forceinline__ void load(std::uint32_t* to, const std::uint32_t* fro
 }
 
 /// Starts to copy 16 bytes to shared memory, ToOffset and FromOffset bytes behind the addresses.
-/// @pre all are multiples of 16
-template <int ToOffset = 0, int FromOffset = 0>
-__device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from),
-               "n"(ToOffset), "n"(FromOffset)
-               : "memory");
-}
-/// The same, but only the first `bytes` are copied, the rest is zero; with 0 bytes nothing is read.
+/// Only the first `bytes` are copied, the rest is zero; with 0 bytes nothing is read.
+/// @pre all addresses and offsets are multiples of 16
 template <int ToOffset = 0, int FromOffset = 0>
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16, %2;" ::"r"(to), "l"(from),
                "r"(bytes), "n"(ToOffset), "n"(FromOffset)
+               : "memory");
+}
+/// The same of a piece of a row that is copied as a whole, by others too: the second-level cache
+/// may fetch the 256 bytes around it.
+template <int ToOffset = 0>
+__device__ __forceinline__ void copy_row_async(std::uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0 + %2], [%1], 16;" ::"r"(to), "l"(from),
+               "n"(ToOffset)
+               : "memory");
+}
+__device__ __forceinline__ void copy_row_async(std::uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(bytes)
                : "memory");
 }
 /// Ends a set of the copies that this thread started.

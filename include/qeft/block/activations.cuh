@@ -51,15 +51,15 @@ class activations {
     constexpr int begin = Which * columns * 2;
     if (left >= columns && tokens_ == rows) {
       unroll<rows / warps>([&](auto i) {
-        arch::copy_async<begin + i * warps * row_bytes>(written_, next_ + i * warps * stride_);
+        arch::copy_row_async<begin + i * warps * row_bytes>(written_, next_ + i * warps * stride_);
       });
     } else {
       const int lane = arch::lane();
       const int elements = min(max(left - lane * 8, 0), 8);
 #pragma unroll 1
       for (int row = arch::warp(), i = 0; row < rows; row += warps, ++i) {
-        arch::copy_async(written_ + static_cast<std::uint32_t>(begin + i * warps * row_bytes),
-                         next_ + i * warps * stride_, row < tokens_ ? 2 * elements : 0);
+        arch::copy_row_async(written_ + static_cast<std::uint32_t>(begin + i * warps * row_bytes),
+                             next_ + i * warps * stride_, row < tokens_ ? 2 * elements : 0);
       }
     }
     next_ += columns;

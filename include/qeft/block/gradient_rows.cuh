@@ -42,8 +42,8 @@ class gradient_rows {
       const int stride = part_rows_ * tuning::row_parts;
       for (int token = static_cast<int>(threadIdx.x) / (pieces * tuning::row_parts); token < Tokens;
            token += static_cast<int>(blockDim.x) / (pieces * tuning::row_parts)) {
-        arch::copy_async(to + static_cast<std::uint32_t>(token * token_bytes),
-                         source + index_t{min(token, count_ - 1)} * stride);
+        arch::copy_row_async(to + static_cast<std::uint32_t>(token * token_bytes),
+                             source + index_t{min(token, count_ - 1)} * stride);
       }
     }
     arch::commit_copies();

@@ -51,7 +51,7 @@ class token_columns {
       const Scalar* const element = from + (there ? index_t{row} * stride_ + column : 0);
       char* const place = to + row * token_bytes + 2 * column;
       if (in_pieces_) {
-        arch::copy_async(arch::shared_address(place), there ? element : x_, there ? 16 : 0);
+        arch::copy_row_async(arch::shared_address(place), there ? element : x_, there ? 16 : 0);
       } else {
         *reinterpret_cast<Scalar*>(place) = there ? *element : Scalar{};
       }
