@@ -9,9 +9,9 @@ namespace qeft::block {
 
 /// Two stages of tuning::stage_columns columns of TokenWarps x TokenTiles x 8 tokens in shared
 /// memory: one is multiplied while the next one comes. All threads of a block of
-/// RowWarps x TokenWarps warps copy; those of warp w multiply the w / RowWarps-th TokenTiles x 8
-/// tokens. Takes the place of warp::activations in warp::part_product, of which all warps must make
-/// the same calls.
+/// RowWarps x TokenWarps warps copy, and must make the same calls; those of warp w multiply the
+/// w / RowWarps-th TokenTiles x 8 tokens. Takes the place of warp::activations in
+/// warp::part_product.
 template <class Scalar, int TokenTiles, int RowWarps, int TokenWarps>
 class activations {
  public:
@@ -27,18 +27,18 @@ class activations {
   static_assert(rows % warps == 0);
 
  public:
-  /// Shared memory of a block, 16-byte aligned.
-  static constexpr int shared_bytes = rows * row_bytes;
+  struct shared_storage {
+    alignas(16) char of[rows][row_bytes];
+  };
 
-  /// @param x      tokens from the block's first one on, of which columns are taken from the first
-  ///               on; behind the last token zeros stand in
-  /// @param shared shared_bytes
-  __device__ activations(const warp::token_rows<Scalar>& x, void* shared)
+  /// @param x tokens from the block's first one on, of which columns are taken from the first on;
+  ///          behind the last token zeros stand in
+  __device__ activations(const warp::token_rows<Scalar>& x, shared_storage& shared)
       : stride_(x.stride), tokens_(x.tokens < rows ? x.tokens : rows) {
     const int lane = arch::lane();
     const int warp = arch::warp();
     next_ = x.data + index_t{warp} * x.stride + lane * 8;
-    const std::uint32_t begin = arch::shared_address(shared);
+    const std::uint32_t begin = arch::shared_address(&shared);
     written_ = begin + static_cast<std::uint32_t>(warp * row_bytes + lane * 16);
     const int row = warp / RowWarps * TokenTiles * 8 + lane % 8;
     read_ = begin + static_cast<std::uint32_t>(row * row_bytes + lane / 8 * 16);

@@ -11,7 +11,9 @@
 namespace qeft::block {
 
 /// Two stages of tuning::chain_rows rows of each part of the rows, and of up to Tokens tokens: one
-/// is multiplied while the next one comes. For all threads of a block.
+/// is multiplied while the next one comes. All threads of a block copy, each of any warp reads what
+/// it multiplies. Nothing here waits: a stage may be read behind arch::wait_for_copies and a barrier
+/// of the block, and filled again behind another.
 template <class Scalar, int Tokens>
 class gradient_rows {
   static constexpr int rows = tuning::chain_rows;
@@ -20,14 +22,15 @@ class gradient_rows {
   static constexpr int stage_bytes = Tokens * token_bytes;
 
  public:
-  /// Shared memory of a block, 16-byte aligned.
-  static constexpr int shared_bytes = 2 * stage_bytes;
+  struct shared_storage {
+    alignas(16) char of[2][stage_bytes];
+  };
 
   /// @param dy        (count, tuning::row_parts x part_rows) of the block's tokens, count >= 1;
   ///                  16-byte aligned
   /// @param part_rows a multiple of 8
-  __device__ gradient_rows(const Scalar* dy, int part_rows, int count, void* shared)
-      : dy_(dy), part_rows_(part_rows), count_(count), shared_(arch::shared_address(shared)) {}
+  __device__ gradient_rows(const Scalar* dy, int part_rows, int count, shared_storage& shared)
+      : dy_(dy), part_rows_(part_rows), count_(count), shared_(arch::shared_address(&shared)) {}
 
   /// Starts to copy the rows from `row` of each part on into a stage, and ends a set of copies.
   /// Where there are fewer tokens, the last one stands in.

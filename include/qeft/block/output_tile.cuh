@@ -13,7 +13,8 @@ struct warpgroup_sums {
   float of[Tokens / 8][4] = {};
 };
 
-/// 64 rows of Tokens tokens in shared memory, added up by a warpgroup, then stored row by row.
+/// 64 rows of Tokens tokens in shared memory, added up by a warpgroup, then stored row by row. A
+/// thread adds to places of its own, without a barrier.
 template <int Tokens>
 class output_tile {
   static constexpr int rows = 64;

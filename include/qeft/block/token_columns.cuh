@@ -17,7 +17,9 @@ struct token_matrix {
 };
 
 /// Stages of tuning::weak_gradient_tokens tokens and tuning::weak_gradient_tile columns. Tokens and
-/// columns that are not there are zeros. For all threads of a block.
+/// columns that are not there are zeros. All threads of a block copy, in the same calls; any warp
+/// reads. Nothing here waits or ends a set of copies: a stage may be read behind
+/// arch::wait_for_copies and a barrier of the block, and filled again behind another.
 template <class Scalar>
 class token_columns {
   static constexpr int tokens = tuning::weak_gradient_tokens;
@@ -27,20 +29,21 @@ class token_columns {
   static constexpr int stage_bytes = tokens * token_bytes;
 
  public:
-  /// Shared memory, 16-byte aligned.
-  static constexpr int shared_bytes = tuning::weak_gradient_stages * stage_bytes;
+  struct shared_storage {
+    alignas(16) char of[tuning::weak_gradient_stages][stage_bytes];
+  };
 
-  __device__ token_columns(const token_matrix<Scalar>& x, int first_column, void* shared)
+  __device__ token_columns(const token_matrix<Scalar>& x, int first_column, shared_storage& shared)
       : x_(x.data + first_column),
         stride_(x.columns),
         count_(min(x.columns - first_column, columns)),
         in_pieces_(x.columns % 8 == 0 && reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0),
-        shared_(static_cast<char*>(shared)) {}
+        shared_(shared) {}
 
   /// Starts to copy the tokens from `token` on, of which there are `left`, into a stage.
   __device__ void start(int stage, int token, int left) const {
     const Scalar* const from = x_ + index_t{token} * stride_;
-    char* const to = shared_ + stage * stage_bytes;
+    char* const to = shared_.of[stage];
     const int width = in_pieces_ ? 8 : 1;  // columns at a time
     const int across = columns / width;
     for (int i = static_cast<int>(threadIdx.x); i < tokens * across;
@@ -76,7 +79,7 @@ class token_columns {
 
  private:
   __device__ std::uint32_t address(int token, int column) const {
-    return arch::shared_address(shared_) +
+    return arch::shared_address(&shared_) +
            static_cast<std::uint32_t>(token * token_bytes + 2 * column);
   }
 
@@ -84,7 +87,7 @@ class token_columns {
   int stride_;
   int count_;
   bool in_pieces_;
-  char* shared_;
+  shared_storage& shared_;
 };
 
 }  // namespace qeft::block

@@ -51,13 +51,14 @@ status launch_input_gradient(cudaStream_t stream,
                              const kernel::input_gradient_args<View, X>& args) {
   using block = kernel::gradient_block<View>;
   const auto k = kernel::input_gradient<OneGroup, View, X>;
-  static_assert(block::shared_bytes <= 99 * 1024, "more than compute capability 8.6 has");
-  if (status s = allow_shared("input_gradient", k, block::shared_bytes); !s.ok()) return s;
+  constexpr int shared_bytes = sizeof(typename block::shared_storage);
+  static_assert(shared_bytes <= 99 * 1024, "more than compute capability 8.6 has");
+  if (status s = allow_shared("input_gradient", k, shared_bytes); !s.ok()) return s;
   const index_t weak_blocks = ceil_div(args.w.weak_columns(), block::columns);
   const dim3 grid(static_cast<unsigned>(args.dense_blocks + weak_blocks),
                   static_cast<unsigned>(ceil_div(args.tokens, block::tokens)));
   return launch_kernel("input_gradient: the launch", k, grid, unsigned{block::threads},
-                       block::shared_bytes, stream, args);
+                       shared_bytes, stream, args);
 }
 
 /// Shape and arrays of what concerns the weak columns only.

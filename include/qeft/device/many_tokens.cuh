@@ -52,20 +52,20 @@ void place_part_sums(kernel::product_args<View, Y, Epilogue> (&layers)[Layers], 
 template <int TokenWarps, index_t GroupColumns, class View, class Y, class Epilogue, int Layers>
 status launch_many(cudaStream_t stream,
                    const kernel::product_args<View, Y, Epilogue> (&layers)[Layers]) {
-  using activations = block::activations<typename View::scalar_type, tuning::many_token_tiles,
-                                         tuning::many_row_warps, TokenWarps>;
+  using shape = kernel::many_tokens_block<typename View::scalar_type, TokenWarps>;
+  constexpr int shared_bytes = sizeof(typename shape::shared_storage);
   constexpr int count = static_cast<int>(layer_numbers<Layers>::size());
   constexpr int threads = 32 * tuning::many_row_warps * TokenWarps;
   const auto k = kernel::many_tokens<TokenWarps, GroupColumns, count, View, Y, Epilogue>;
-  if (status s = allow_shared("gemm", k, activations::shared_bytes); !s.ok()) return s;
+  if (status s = allow_shared("gemm", k, shared_bytes); !s.ok()) return s;
   const auto tokens = static_cast<unsigned>(layers[0].tokens);
   const bool by_parts = layers[0].part_sums != nullptr;
   const dim3 grid(
       static_cast<unsigned>(row_blocks_of(layers, tuning::many_block_rows)),
       static_cast<unsigned>(ceil_div(layers[0].tokens, tuning::many_block_tokens(TokenWarps))),
       by_parts ? static_cast<unsigned>(layers[0].parts.count()) : 1U);
-  if (status s = launch_kernel("gemm: the launch", k, grid, threads, activations::shared_bytes,
-                               stream, in_one_launch(layers, tuning::many_block_rows));
+  if (status s = launch_kernel("gemm: the launch", k, grid, threads, shared_bytes, stream,
+                               in_one_launch(layers, tuning::many_block_rows));
       !s.ok() || !by_parts) {
     return s;
   }

@@ -157,9 +157,10 @@ struct gradient_block {
   using rows = block::gradient_rows<typename View::scalar_type, tokens>;
   /// Floats from a token to the next: different banks for the lanes of a warp.
   static constexpr int sums_stride = columns + 4;
-  static constexpr int sums_bytes = tokens * sums_stride * 4;
-  static constexpr int shared_bytes =
-      rows::shared_bytes > sums_bytes ? rows::shared_bytes : sums_bytes;
+  union shared_storage {
+    typename rows::shared_storage rows;
+    float sums[tokens][sums_stride];
+  };
 
   bool dense;  // or weak
   int first;   // column
@@ -168,12 +169,12 @@ struct gradient_block {
   int token_count;
 };
 
-/// The sums of a block, without the factors of their operands, into shared memory: (tokens,
-/// sums_stride).
+/// The sums of a block, without the factors of their operands, into shared.sums.
 /// @param make_columns make_columns(first, row_tile): Columns from there on
 template <class Columns, class View, class Operands, class MakeColumns>
 __device__ void sum_columns(const gradient_block<View>& block, const Operands& of,
-                            const MakeColumns& make_columns, uint4* shared) {
+                            const MakeColumns& make_columns,
+                            typename gradient_block<View>::shared_storage& shared) {
   using shape = gradient_block<View>;
   const int warp = arch::uniform_warp();
   const int column = warp % tuning::column_warps * Columns::columns;
@@ -184,7 +185,7 @@ __device__ void sum_columns(const gradient_block<View>& block, const Operands& o
   Columns columns = make_columns(block.first + (takes_part ? column : 0), part * rows / 16);
   warp::column_sums<Columns::steps> sum;
   const typename shape::rows dy(of.dy + index_t{block.first_token} * of.stride, rows,
-                                block.token_count, shared);
+                                block.token_count, shared.rows);
   dy.start(0, 0);
   int stage = 0;
   for (int row = 0; row < rows; row += tuning::chain_rows, stage = 1 - stage) {
@@ -201,8 +202,7 @@ __device__ void sum_columns(const gradient_block<View>& block, const Operands& o
   }
   __syncthreads();
   const int lane = arch::lane();
-  float* const to =
-      reinterpret_cast<float*>(shared) + lane % 4 * 2 * shape::sums_stride + column + lane / 4;
+  float* const to = &shared.sums[lane % 4 * 2][column + lane / 4];
   for (int turn = 0; turn < tuning::row_parts; ++turn) {
     if (takes_part && part == turn) {
       for (int s = 0; s < Columns::steps; ++s) {
@@ -221,7 +221,8 @@ __device__ void sum_columns(const gradient_block<View>& block, const Operands& o
 /// Stores the sums of a block: a thread has the same column of all its tokens.
 template <class View, class X>
 __device__ void store_gradient(const input_gradient_args<View, X>& args,
-                               const gradient_block<View>& block, const float* sums) {
+                               const gradient_block<View>& block,
+                               const typename gradient_block<View>::shared_storage& shared) {
   using shape = gradient_block<View>;
   constexpr bool factors = needs_factors<typename View::scalar_type>;
   const int thread = static_cast<int>(threadIdx.x);
@@ -234,7 +235,7 @@ __device__ void store_gradient(const input_gradient_args<View, X>& args,
   for (int t = thread / shape::columns; t < block.token_count;
        t += shape::threads / shape::columns) {
     const index_t token = block.first_token + t;
-    float sum = sums[t * shape::sums_stride + mine];
+    float sum = shared.sums[t][mine];
     if constexpr (factors) sum *= args.of.token_inverse[token] * group_inverse;
     if constexpr (View::format_type::zero == zero_kind::scaled) {
       if (block.dense) sum += args.of.rests[token * args.w.groups + group];
@@ -248,7 +249,8 @@ __device__ void store_gradient(const input_gradient_args<View, X>& args,
 template <bool OneGroup, class View, class X>
 __global__ void __launch_bounds__(gradient_block<View>::threads, 1)
     input_gradient(const __grid_constant__ input_gradient_args<View, X> args) {
-  extern __shared__ uint4 shared[];
+  extern __shared__ uint4 dynamic_shared[];
+  auto& shared = reinterpret_cast<typename gradient_block<View>::shared_storage&>(*dynamic_shared);
   gradient_block<View> block{};
   const int number = static_cast<int>(blockIdx.x);
   block.dense = number < args.dense_blocks;
@@ -272,7 +274,7 @@ __global__ void __launch_bounds__(gradient_block<View>::threads, 1)
         block, args.of, [&](int first, int row_tile) { return weak(args.w, first, row_tile); },
         shared);
   }
-  store_gradient(args, block, reinterpret_cast<const float*>(shared));
+  store_gradient(args, block, shared);
 }
 
 }  // namespace qeft::kernel

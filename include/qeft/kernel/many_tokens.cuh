@@ -10,6 +10,20 @@
 
 namespace qeft::kernel {
 
+/// What a block shares: activations, then sums on their way to memory.
+template <class Scalar, int TokenWarps>
+struct many_tokens_block {
+  static constexpr int tokens = tuning::many_block_tokens(TokenWarps);
+  /// Floats from a token to the next: different banks for the lanes of a warp.
+  static constexpr int sums_stride = tuning::many_block_rows + 4;
+  using activations =
+      block::activations<Scalar, tuning::many_token_tiles, tuning::many_row_warps, TokenWarps>;
+  union shared_storage {
+    typename activations::shared_storage activations;
+    float sums[tokens][sums_stride];
+  };
+};
+
 /// A block takes tuning::many_block_rows rows of a layer (blockIdx.x, layer after layer) and
 /// TokenWarps x 32 tokens (blockIdx.y), and all parts of the columns one after the other; or, if
 /// there are part_sums, part blockIdx.z alone, whose sums it leaves there for add_parts. Sums are
@@ -21,17 +35,17 @@ __global__ void __launch_bounds__(32 * tuning::many_row_warps * TokenWarps, 2 / 
   constexpr int row_tiles = tuning::many_row_tiles;
   constexpr int token_tiles = tuning::many_token_tiles;
   constexpr int rows = tuning::many_block_rows;
-  constexpr int most_tokens = tuning::many_block_tokens(TokenWarps);
   using product = warp::part_product<View, row_tiles, token_tiles, GroupColumns>;
   using scalar = typename View::scalar_type;
-  using activations = block::activations<scalar, token_tiles, tuning::many_row_warps, TokenWarps>;
-  extern __shared__ uint4 shared[];
+  using shape = many_tokens_block<scalar, TokenWarps>;
+  extern __shared__ uint4 dynamic_shared[];
+  auto& shared = reinterpret_cast<typename shape::shared_storage&>(*dynamic_shared);
 
   const auto at = layers.find(static_cast<int>(blockIdx.x));
   const auto& args = layers.of[at.layer];
   const int first_row = at.row_block * rows;
-  const int first_token = static_cast<int>(blockIdx.y) * most_tokens;
-  const int tokens = min(args.tokens - first_token, most_tokens);
+  const int first_token = static_cast<int>(blockIdx.y) * shape::tokens;
+  const int tokens = min(args.tokens - first_token, shape::tokens);
   const int warp = arch::uniform_warp();
   const int row_warp = warp % tuning::many_row_warps;
   const int token_warp = warp / tuning::many_row_warps;
@@ -44,24 +58,23 @@ __global__ void __launch_bounds__(32 * tuning::many_row_warps * TokenWarps, 2 / 
       args.parts, first_part, args.part_sums == nullptr ? args.parts.count() : first_part + 1,
       args.dense_x + x_at, args.weak_x + x_at,
       [&](const scalar* x) {
-        return activations({x, args.stride, tokens}, shared);
+        return typename shape::activations({x, args.stride, tokens}, shared.activations);
       },
       [&](const typename product::result& part_sum) { sum += part_sum; });
 
   // Token after token in shared memory, so that stores are contiguous.
-  float* const tile = reinterpret_cast<float*>(shared);
-  constexpr int tile_stride = rows + 4;  // tokens of a lane's neighbours in other banks
-  sum.store(tile + (token_warp * token_tiles * 8) * tile_stride + row_warp * row_tiles * 16,
-            tile_stride);
+  sum.store(&shared.sums[token_warp * token_tiles * 8][row_warp * row_tiles * 16],
+            shape::sums_stride);
   __syncthreads();
-  const int channel = first_row + static_cast<int>(threadIdx.x) % rows;
+  const int row = static_cast<int>(threadIdx.x) % rows;
+  const int channel = first_row + row;
   if (channel >= args.w.out_channels) return;
   for (int t = static_cast<int>(threadIdx.x) / rows; t < tokens; t += TokenWarps) {
-    const float value = tile[t * tile_stride + static_cast<int>(threadIdx.x) % rows];
+    const float value = shared.sums[t][row];
     const index_t token = first_token + t;
     if (args.part_sums != nullptr) {
-      const index_t row = first_part * index_t{args.tokens} + token;
-      args.part_sums[row * args.w.out_channels + channel] = value;
+      args.part_sums[(first_part * index_t{args.tokens} + token) * args.w.out_channels + channel] =
+          value;
     } else {
       args.y[token * args.w.out_channels + epilogue::destination(args.epilogue, channel)] =
           from_float<Y>(args.epilogue(value, token, channel));

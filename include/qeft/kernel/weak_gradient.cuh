@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(weak_gradient_threads)
   using staged = block::token_columns<Scalar>;
   constexpr int tile = tuning::weak_gradient_tile;
   constexpr int stage_tokens = tuning::weak_gradient_tokens;
-  __shared__ __align__(16) char shared[2][staged::shared_bytes];
+  __shared__ typename staged::shared_storage shared[2];
 
   const int first_row = static_cast<int>(blockIdx.x) * tile;
   const int first_column = static_cast<int>(blockIdx.y) * tile;
