@@ -9,8 +9,10 @@ using bf16_format = quant_format<4, dynamic, zero_kind::integer, bf16_bits>;
 template <class Format>
 using layer = quantized_matrix_view<Format, weak_tail<>, layout::fragment, device_memory>;
 
-#define QEFT_KERNEL(format, one_group)                                          \
-  template __global__ void input_gradient<one_group, layer<format>, half_bits>( \
+#define QEFT_KERNEL(format, one_group)                                                  \
+  template __global__ void input_gradient<one_group, layer<format>, half_bits>(         \
+      const __grid_constant__ input_gradient_args<layer<format>, half_bits> args);      \
+  template __global__ void input_gradient_by_runs<one_group, layer<format>, half_bits>( \
       const __grid_constant__ input_gradient_args<layer<format>, half_bits> args);
 
 QEFT_KERNEL(quant_format<4>, true)

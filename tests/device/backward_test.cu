@@ -179,6 +179,8 @@ void compare_groups() {
   compare<quant_format<4>>(layer_of(528, 300, 48), 66, random);
   compare<quant_format<8>>(layer_of(272, 140, 140, 64, 8), 70, random);
   compare<quant_format<3>>(layer_of(513, 200, 70, 64, 3), 130, random);
+  // So large that blocks take all runs of rows; a quarter of the tokens is taken run by run.
+  compare<quant_format<4>>(layer_of(1100, 1100, 40), 700, random);
   auto d = layer_of(100, 300, 16, 32, 8).d;
   d.zero = scaled::zero;
   d.scalar = qeft::scalar_kind::bf16;

@@ -10,7 +10,8 @@ namespace qeft::arch {
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32U); }
 /// Its warp's number in the block.
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x / 32U); }
-/// The same from one lane, so that the compiler knows it to be the same in all. All lanes take part.
+/// The same from one lane, so that the compiler knows it to be the same in all. All lanes take
+/// part.
 __device__ __forceinline__ int uniform_warp() { return __shfl_sync(0xffffffffU, warp(), 0); }
 
 }  // namespace qeft::arch

@@ -11,9 +11,9 @@
 namespace qeft::block {
 
 /// Two stages of tuning::chain_rows rows of each part of the rows, and of up to Tokens tokens: one
-/// is multiplied while the next one comes. All threads of a block copy, each of any warp reads what
-/// it multiplies. Nothing here waits: a stage may be read behind arch::wait_for_copies and a barrier
-/// of the block, and filled again behind another.
+/// is multiplied while the next one comes. All threads of a block copy, any of its warps reads.
+/// Nothing here waits: a stage may be read behind arch::wait_for_copies and a barrier of the block,
+/// and filled again behind another barrier.
 template <class Scalar, int Tokens>
 class gradient_rows {
   static constexpr int rows = tuning::chain_rows;

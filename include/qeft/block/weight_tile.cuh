@@ -164,8 +164,8 @@ class weight_tile {
     }
   }
 
-  /// Whether slots from `slot` on can be stored in pairs: they are columns, aligned in all rows, and
-  /// all in [begin, end).
+  /// Whether slots from `slot` on can be stored in pairs: they are columns, aligned in all rows,
+  /// and all in [begin, end).
   __device__ bool in_pairs(int slot, int columns, int begin, int end) const {
     return in_order && ((shifts_.first | shifts_.per_row | slot) & 1) == 0 && slot >= begin &&
            slot + columns <= end;

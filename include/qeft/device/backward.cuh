@@ -22,6 +22,9 @@ struct input_gradient_plan {
   index_t group_factors;
   index_t rests;
   index_t columns;
+  index_t dense_blocks;  // of the kernel, that take dense columns
+  tuning::row_runs runs;
+  index_t run_sums;  // of runs; 0 where blocks add them up themselves
   index_t bytes;
 };
 template <class View>
@@ -31,7 +34,7 @@ input_gradient_plan plan_input_gradient(const View& w, index_t tokens) {
   constexpr weak_kind weak = View::weak_type::kind;
   constexpr bool in_order = weak == weak_kind::none || weak == weak_kind::tail;
   input_gradient_plan p{};
-  if (tokens <= 0) return p;
+  if (tokens <= 0 || w.out_channels <= 0) return p;
   const auto take = [&](index_t bytes) {
     const index_t at = p.bytes;
     p.bytes += round_up(bytes, 256);
@@ -43,6 +46,15 @@ input_gradient_plan plan_input_gradient(const View& w, index_t tokens) {
   p.group_factors = take(factors ? w.groups * 4 : 0);
   p.rests = take(rests ? tokens * w.groups * 4 : 0);
   p.columns = take(in_order ? 0 : w.in_channels * 4);
+
+  using block = kernel::gradient_block<decltype(as_tail(w))>;
+  p.dense_blocks = ceil_div(w.dense_columns(), block::columns);
+  const index_t column_blocks = p.dense_blocks + ceil_div(w.weak_columns(), block::columns);
+  p.runs = tuning::make_row_runs(p.stride / tuning::row_parts);
+  if (p.runs.count > 1 &&
+      tuning::gradient_by_runs(column_blocks * ceil_div(tokens, block::tokens))) {
+    p.run_sums = take(p.runs.count * tuning::row_parts * tokens * w.in_channels * 4);
+  }
   return p;
 }
 
@@ -50,15 +62,26 @@ template <bool OneGroup, class View, class X>
 status launch_input_gradient(cudaStream_t stream,
                              const kernel::input_gradient_args<View, X>& args) {
   using block = kernel::gradient_block<View>;
-  const auto k = kernel::input_gradient<OneGroup, View, X>;
+  const bool by_runs = args.run_sums != nullptr;
+  const auto k = by_runs ? kernel::input_gradient_by_runs<OneGroup, View, X>
+                         : kernel::input_gradient<OneGroup, View, X>;
   constexpr int shared_bytes = sizeof(typename block::shared_storage);
   static_assert(shared_bytes <= 99 * 1024, "more than compute capability 8.6 has");
   if (status s = allow_shared("input_gradient", k, shared_bytes); !s.ok()) return s;
   const index_t weak_blocks = ceil_div(args.w.weak_columns(), block::columns);
   const dim3 grid(static_cast<unsigned>(args.dense_blocks + weak_blocks),
-                  static_cast<unsigned>(ceil_div(args.tokens, block::tokens)));
-  return launch_kernel("input_gradient: the launch", k, grid, unsigned{block::threads},
-                       shared_bytes, stream, args);
+                  static_cast<unsigned>(ceil_div(args.tokens, block::tokens)),
+                  by_runs ? static_cast<unsigned>(args.runs.count) : 1U);
+  if (status s = launch_kernel("input_gradient: the launch", k, grid, unsigned{block::threads},
+                               shared_bytes, stream, args);
+      !s.ok() || !by_runs) {
+    return s;
+  }
+  constexpr int columns = kernel::add_runs_threads;
+  const dim3 adding(static_cast<unsigned>(ceil_div(args.w.in_channels, columns)),
+                    static_cast<unsigned>(args.tokens));
+  return launch_kernel("input_gradient: the launch of add_runs", kernel::add_runs<View, X>, adding,
+                       unsigned{columns}, 0, stream, args);
 }
 
 /// Shape and arrays of what concerns the weak columns only.
@@ -109,7 +132,8 @@ status weak_gradient(const on_stream& exec, index_t out_channels, index_t k, con
 
 }  // namespace device::detail
 
-/// Bytes of workspace that input_gradient needs with these operands.
+/// Bytes of workspace that input_gradient needs with these operands: for gradients as it reads them
+/// and, where few tokens and columns leave too few blocks otherwise, for sums of runs of rows.
 template <class F, class W, class L, class M, class Y>
 index_t input_gradient_workspace_bytes(const on_stream&, const quantized_matrix_view<F, W, L, M>& w,
                                        const Y*, index_t tokens) {
@@ -188,9 +212,11 @@ status input_gradient(const on_stream& exec, const quantized_matrix_view<F, W, L
       as_tail(w),
       operands,
       static_cast<int>(tokens),
-      static_cast<int>(ceil_div(w.dense_columns(), kernel::gradient_block<view>::columns)),
+      static_cast<int>(plan.dense_blocks),
       columns,
-      dx};
+      dx,
+      plan.runs,
+      plan.run_sums > 0 ? floats(plan.run_sums) : nullptr};
   // Columns of a warp; groups are multiples of 32.
   constexpr index_t columns_together = warp::dense_columns<view, true>::columns;
   if (w.groups <= 1 || w.columns_per_group % columns_together == 0) {

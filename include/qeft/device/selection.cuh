@@ -277,8 +277,9 @@ inline index_t selection_workspace_bytes(const on_stream&, index_t columns) {
 /// column wins: qeft::top_k of the host.
 ///
 /// @param exec        returns once the work is on its stream; with selection_workspace_bytes
-/// @param sensitivity (columns). Finite and not negative, which the host checks and a stream cannot:
-///                    else NaN with a positive sign counts as more than infinity, with a negative one as less than 0, and what is below 0 as less than 0
+/// @param sensitivity (columns). Finite and not negative, which the host checks and a stream
+///                    cannot: else NaN with a positive sign counts as more than infinity, with a
+///                    negative one as less than 0, and what is below 0 as less than 0
 /// @param chosen      (k)
 inline status top_k(const on_stream& exec, const double* sensitivity, index_t columns, index_t k,
                     std::int32_t* chosen) {

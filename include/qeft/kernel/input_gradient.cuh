@@ -145,9 +145,42 @@ struct input_gradient_args {
   int dense_blocks;             // blocks in x that take dense columns; the others take weak ones
   const std::int32_t* columns;  // (IC) by order_columns; null: the order is that of X
   X* dx;                        // (tokens, IC)
+  tuning::row_runs runs;
+  float* run_sums;  // (runs, tuning::row_parts, tokens, IC) for add_runs, in the kernel's order; or
+                    // null
 };
 
-/// What a block takes of X, and where it has its sums in shared memory.
+/// Stores a column of X, which is at `slot` of the kernel's order, token by token.
+template <class View, class X>
+class gradient_column {
+  static constexpr bool factors = needs_factors<typename View::scalar_type>;
+
+ public:
+  __device__ gradient_column(const input_gradient_args<View, X>& args, index_t slot)
+      : args_(args),
+        column_(args.columns == nullptr ? slot : args.columns[slot]),
+        dense_(slot < args.w.dense_columns()),
+        group_(dense_ ? args.w.group_of(slot) : 0),
+        inverse_(factors && dense_ ? 1.0F / args.of.group_factors[group_] : 1.0F) {}
+
+  /// @param sum without the factors of its operands
+  __device__ void operator()(index_t token, float sum) const {
+    if constexpr (factors) sum *= args_.of.token_inverse[token] * inverse_;
+    if constexpr (View::format_type::zero == zero_kind::scaled) {
+      if (dense_) sum += args_.of.rests[token * args_.w.groups + group_];
+    }
+    args_.dx[token * args_.w.in_channels + column_] = from_float<X>(sum);
+  }
+
+ private:
+  const input_gradient_args<View, X>& args_;
+  index_t column_;
+  bool dense_;
+  index_t group_;
+  float inverse_;
+};
+
+/// What a block takes of X, and what it shares.
 template <class View>
 struct gradient_block {
   static constexpr int steps = warp::dense_columns<View, true>::steps;
@@ -157,124 +190,178 @@ struct gradient_block {
   using rows = block::gradient_rows<typename View::scalar_type, tokens>;
   /// Floats from a token to the next: different banks for the lanes of a warp.
   static constexpr int sums_stride = columns + 4;
-  union shared_storage {
+  struct shared_storage {
     typename rows::shared_storage rows;
     float sums[tokens][sums_stride];
   };
 
-  bool dense;  // or weak
-  int first;   // column
-  int column_count;
+  int slot;  // the first one of the kernel's order
   int first_token;
-  int token_count;
+
+  /// Behind the last column of the same kind, dense or weak.
+  __device__ int end(const View& w) const {
+    return static_cast<int>(slot < w.dense_columns() ? w.dense_columns() : w.in_channels);
+  }
+  /// of_column(slot)(token, sum) of all sums: a thread has the same column of all its tokens.
+  template <class OfColumn>
+  __device__ void for_each_sum(const View& w, int all_tokens, const shared_storage& shared,
+                               const OfColumn& of_column) const {
+    const int mine = static_cast<int>(threadIdx.x) % columns;
+    if (slot + mine >= end(w)) return;
+    const auto store = of_column(index_t{slot + mine});
+    const int count = min(all_tokens - first_token, tokens);
+    for (int t = static_cast<int>(threadIdx.x) / columns; t < count; t += threads / columns) {
+      store(first_token + t, shared.sums[t][mine]);
+    }
+  }
 };
 
-/// The sums of a block, without the factors of their operands, into shared.sums.
-/// @param make_columns make_columns(first, row_tile): Columns from there on
-template <class Columns, class View, class Operands, class MakeColumns>
-__device__ void sum_columns(const gradient_block<View>& block, const Operands& of,
-                            const MakeColumns& make_columns,
-                            typename gradient_block<View>::shared_storage& shared) {
+/// Stores a warp's sums, or adds them. @param to (tokens, Stride)  @param column its first one
+template <bool Adds, int Steps, int Stride>
+__device__ void put_sums(float (*to)[Stride], int column, const warp::column_sums<Steps>& sum) {
+  const int lane = arch::lane();
+  for (int s = 0; s < Steps; ++s) {
+    for (int t = 0; t < warp::tokens_beside<Steps>; ++t) {
+      for (int i = 0; i < 4; ++i) {
+        float& at = to[8 * t + lane % 4 * 2 + i % 2][column + lane / 4 + 16 * s + i / 2 * 8];
+        at = Adds ? at + sum.of[s][t][i] : sum.of[s][t][i];
+      }
+    }
+  }
+}
+
+/// The sums of a block's columns and tokens, without the factors of their operands, into
+/// shared.sums: those of all runs added up or, ByRuns, of each part of the block's run.
+/// @param make_columns make_columns(slot, row_tile): Columns from there on
+/// @param store_part   store_part(part), ByRuns, when all threads have its sums
+template <bool ByRuns, class Columns, class View, class X, class MakeColumns, class StorePart>
+__device__ void sum_columns(const input_gradient_args<View, X>& args,
+                            const gradient_block<View>& block, const MakeColumns& make_columns,
+                            typename gradient_block<View>::shared_storage& shared,
+                            const StorePart& store_part) {
   using shape = gradient_block<View>;
   const int warp = arch::uniform_warp();
   const int column = warp % tuning::column_warps * Columns::columns;
   const int part = warp / tuning::column_warps;
-  const bool takes_part = column < block.column_count;
-  const int rows = of.stride / tuning::row_parts;
+  const bool takes_part = block.slot + column < block.end(args.w);
+  const int run_rows = args.runs.rows;
+  const int rows = args.of.stride / tuning::row_parts;
+  int row = ByRuns ? static_cast<int>(blockIdx.z) * run_rows : 0;
 
-  Columns columns = make_columns(block.first + (takes_part ? column : 0), part * rows / 16);
-  warp::column_sums<Columns::steps> sum;
-  const typename shape::rows dy(of.dy + index_t{block.first_token} * of.stride, rows,
-                                block.token_count, shared.rows);
-  dy.start(0, 0);
-  int stage = 0;
-  for (int row = 0; row < rows; row += tuning::chain_rows, stage = 1 - stage) {
-    arch::wait_for_copies<0>();
-    __syncthreads();  // the stage has come, and nobody reads the other one any more
-    dy.start(1 - stage, row + tuning::chain_rows);
-    if (takes_part) {
-      const std::uint32_t from = dy.operand_address(stage, part);
-      warp::add_rows(
-          columns,
-          [&](auto& b, int i) { dy.operands(b, from + static_cast<std::uint32_t>(2 * i)); },
-          min(rows - row, tuning::chain_rows), sum);
+  Columns columns = make_columns(block.slot + (takes_part ? column : 0), (part * rows + row) / 16);
+  const typename shape::rows dy(args.of.dy + index_t{block.first_token} * args.of.stride, rows,
+                                min(args.tokens - block.first_token, shape::tokens), shared.rows);
+  if constexpr (!ByRuns) {
+    for (int i = static_cast<int>(threadIdx.x); i < shape::tokens * shape::sums_stride;
+         i += shape::threads) {
+      (&shared.sums[0][0])[i] = 0.0F;
     }
   }
-  __syncthreads();
-  const int lane = arch::lane();
-  float* const to = &shared.sums[lane % 4 * 2][column + lane / 4];
-  for (int turn = 0; turn < tuning::row_parts; ++turn) {
-    if (takes_part && part == turn) {
-      for (int s = 0; s < Columns::steps; ++s) {
-        for (int t = 0; t < shape::tokens / 8; ++t) {
-          for (int i = 0; i < 4; ++i) {
-            float& at = to[(8 * t + i % 2) * shape::sums_stride + 16 * s + i / 2 * 8];
-            at = turn == 0 ? sum.of[s][t][i] : at + sum.of[s][t][i];
-          }
-        }
+  const auto stage_of = [](int first) { return first / tuning::chain_rows % 2; };
+  dy.start(stage_of(row), row);
+  do {
+    warp::column_sums<Columns::steps> sum;
+    const int run_end = min(row + run_rows, rows);
+    for (; row < run_end; row += tuning::chain_rows) {
+      const int stage = stage_of(row);
+      arch::wait_for_copies<0>();
+      __syncthreads();  // the stage has come, and nobody reads the other one any more
+      const int next = row + tuning::chain_rows;
+      if (next < (ByRuns ? run_end : rows)) dy.start(1 - stage, next);
+      if (takes_part) {
+        const std::uint32_t from = dy.operand_address(stage, part);
+        warp::add_rows(
+            columns,
+            [&](auto& b, int i) { dy.operands(b, from + static_cast<std::uint32_t>(2 * i)); },
+            min(rows - row, tuning::chain_rows), sum);
       }
     }
-    __syncthreads();
-  }
-}
-
-/// Stores the sums of a block: a thread has the same column of all its tokens.
-template <class View, class X>
-__device__ void store_gradient(const input_gradient_args<View, X>& args,
-                               const gradient_block<View>& block,
-                               const typename gradient_block<View>::shared_storage& shared) {
-  using shape = gradient_block<View>;
-  constexpr bool factors = needs_factors<typename View::scalar_type>;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int mine = thread % shape::columns;
-  if (mine >= block.column_count) return;
-  const index_t slot = block.first + mine + (block.dense ? 0 : args.w.dense_columns());
-  const index_t column = args.columns == nullptr ? slot : args.columns[slot];
-  const index_t group = block.dense ? args.w.group_of(slot) : 0;
-  const float group_inverse = factors && block.dense ? 1.0F / args.of.group_factors[group] : 1.0F;
-  for (int t = thread / shape::columns; t < block.token_count;
-       t += shape::threads / shape::columns) {
-    const index_t token = block.first_token + t;
-    float sum = shared.sums[t][mine];
-    if constexpr (factors) sum *= args.of.token_inverse[token] * group_inverse;
-    if constexpr (View::format_type::zero == zero_kind::scaled) {
-      if (block.dense) sum += args.of.rests[token * args.w.groups + group];
+    for (int turn = 0; turn < tuning::row_parts; ++turn) {
+      if (takes_part && part == turn) put_sums<!ByRuns>(shared.sums, column, sum);
+      __syncthreads();
+      if constexpr (ByRuns) {
+        store_part(turn);
+        __syncthreads();
+      }
     }
-    args.dx[token * args.w.in_channels + column] = from_float<X>(sum);
-  }
+  } while (!ByRuns && row < rows);
 }
 
 /// A block takes gradient_block<View>::columns columns (blockIdx.x), dense or weak, and ::tokens
 /// tokens (blockIdx.y). Its warps beside each other take columns, those behind each other rows.
+/// @tparam ByRuns whether it takes run blockIdx.z of the rows, whose sums it leaves in run_sums for
+///                add_runs; or all of them
+template <bool OneGroup, bool ByRuns, class View, class X>
+__device__ void input_gradient_block(const input_gradient_args<View, X>& args) {
+  extern __shared__ uint4 dynamic_shared[];
+  auto& shared = reinterpret_cast<typename gradient_block<View>::shared_storage&>(*dynamic_shared);
+  const auto number = static_cast<int>(blockIdx.x);
+  const auto dense_columns = static_cast<int>(args.w.dense_columns());
+  const bool is_dense = number < args.dense_blocks;
+  using shape = gradient_block<View>;
+  const shape block{is_dense ? number * shape::columns
+                             : dense_columns + (number - args.dense_blocks) * shape::columns,
+                    static_cast<int>(blockIdx.y) * shape::tokens};
+
+  const auto store_part = [&](int part) {
+    const index_t before = (index_t{blockIdx.z} * tuning::row_parts + part) * args.tokens;
+    block.for_each_sum(args.w, args.tokens, shared, [&](index_t slot) {
+      return [&args, before, slot](index_t token, float sum) {
+        args.run_sums[(before + token) * args.w.in_channels + slot] = sum;
+      };
+    });
+  };
+  if (is_dense) {
+    using dense = warp::dense_columns<View, OneGroup>;
+    sum_columns<ByRuns, dense>(
+        args, block,
+        [&](int slot, int row_tile) {
+          return dense(args.w, slot, row_tile, args.of.group_factors);
+        },
+        shared, store_part);
+  } else {
+    using weak = warp::weak_columns<View, shape::steps>;
+    sum_columns<ByRuns, weak>(
+        args, block,
+        [&](int slot, int row_tile) { return weak(args.w, slot - dense_columns, row_tile); },
+        shared, store_part);
+  }
+  if constexpr (!ByRuns) {
+    block.for_each_sum(args.w, args.tokens, shared,
+                       [&](index_t slot) { return gradient_column<View, X>(args, slot); });
+  }
+}
+
 template <bool OneGroup, class View, class X>
 __global__ void __launch_bounds__(gradient_block<View>::threads, 1)
     input_gradient(const __grid_constant__ input_gradient_args<View, X> args) {
-  extern __shared__ uint4 dynamic_shared[];
-  auto& shared = reinterpret_cast<typename gradient_block<View>::shared_storage&>(*dynamic_shared);
-  gradient_block<View> block{};
-  const int number = static_cast<int>(blockIdx.x);
-  block.dense = number < args.dense_blocks;
-  block.first = (block.dense ? number : number - args.dense_blocks) * block.columns;
-  const index_t columns = block.dense ? args.w.dense_columns() : args.w.weak_columns();
-  block.column_count = min(static_cast<int>(columns) - block.first, block.columns);
-  block.first_token = static_cast<int>(blockIdx.y) * block.tokens;
-  block.token_count = min(args.tokens - block.first_token, block.tokens);
+  input_gradient_block<OneGroup, false>(args);
+}
 
-  if (block.dense) {
-    using dense = warp::dense_columns<View, OneGroup>;
-    sum_columns<dense>(
-        block, args.of,
-        [&](int first, int row_tile) {
-          return dense(args.w, first, row_tile, args.of.group_factors);
-        },
-        shared);
-  } else {
-    using weak = warp::weak_columns<View, gradient_block<View>::steps>;
-    sum_columns<weak>(
-        block, args.of, [&](int first, int row_tile) { return weak(args.w, first, row_tile); },
-        shared);
+/// The same by runs.
+template <bool OneGroup, class View, class X>
+__global__ void __launch_bounds__(gradient_block<View>::threads, 1)
+    input_gradient_by_runs(const __grid_constant__ input_gradient_args<View, X> args) {
+  input_gradient_block<OneGroup, true>(args);
+}
+
+/// Threads of a block of add_runs.
+inline constexpr int add_runs_threads = 256;
+
+/// dX = the sums of runs added in their order, of add_runs_threads columns (blockIdx.x) and token
+/// blockIdx.y.
+template <class View, class X>
+__global__ void __launch_bounds__(add_runs_threads)
+    add_runs(const __grid_constant__ input_gradient_args<View, X> args) {
+  const index_t columns = args.w.in_channels;
+  const index_t slot = static_cast<index_t>(blockIdx.x) * add_runs_threads + threadIdx.x;
+  const index_t token = blockIdx.y;
+  if (slot >= columns) return;
+  float sum = 0.0F;
+  for (int i = 0; i < args.runs.count * tuning::row_parts; ++i) {
+    sum += args.run_sums[(i * index_t{args.tokens} + token) * columns + slot];
   }
-  store_gradient(args, block, shared);
+  gradient_column<View, X>(args, slot)(token, sum);
 }
 
 }  // namespace qeft::kernel

@@ -86,7 +86,8 @@ __global__ void mark_listed(const Index* list, index_t count, Index* is_chosen) 
   if (j < count) is_chosen[list[j]] = 1;
 }
 
-/// Lists the chosen columns in ascending order. @param before chosen columns in front of each column
+/// Lists the chosen columns in ascending order.
+/// @param before chosen columns in front of each column
 template <class Index>
 __global__ void list_columns(const Index* is_chosen, const Index* before, index_t columns,
                              Index* chosen) {

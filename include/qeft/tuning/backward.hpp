@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the gradients of a layer are spread over a device. Not by the number of tokens or
-// multiprocessors, so that results depend on neither.
+// How the gradients of a layer are spread over a device. What is summed up by itself depends on the
+// layer's shape alone, so that results depend neither on tokens nor on multiprocessors.
 #pragma once
+
+#include "qeft/core/math.hpp"
 
 namespace qeft::tuning {
 
@@ -16,6 +18,24 @@ inline constexpr int gradient_tiles = 16;
 /// rows.
 inline constexpr int column_warps = 4;
 inline constexpr int row_parts = 2;
+
+/// Runs of rows of either half, which are summed up by themselves; then their sums are added run
+/// after run, that of the first half and that of the second one.
+struct row_runs {
+  int count;
+  int rows;  // of each but the last one, a multiple of chain_rows
+};
+inline constexpr int most_row_runs = 8;
+/// So many that a run takes much longer than adding its sums.
+inline constexpr int least_run_rows = 4 * chain_rows;
+/// @param rows of a half
+constexpr row_runs make_row_runs(index_t rows) noexcept {
+  const index_t even = round_up(ceil_div(rows, most_row_runs), chain_rows);
+  const index_t each = even < least_run_rows ? least_run_rows : even;
+  return {static_cast<int>(ceil_div(rows, each)), static_cast<int>(each)};
+}
+/// Whether a block takes one run only, because too few blocks keep a device busy otherwise.
+constexpr bool gradient_by_runs(index_t blocks) noexcept { return blocks < 128; }
 
 /// What a block of the weak columns' gradient takes: rows of the layer, 16 per warp, and weak
 /// columns, as many.
