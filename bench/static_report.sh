@@ -23,8 +23,8 @@ oc=4096 ic=4096 group=128 k=128
 
 echo "Executed, $oc x $ic, g = $group, k = $k, FP16, compiled for and run on each compute capability:"
 echo
-echo "| capability | bits | tokens | warps of a block | warp instructions per 32 weights | unique bytes : layer | bytes of requested sectors : layer | sector efficiency | bank conflicts, loads |"
-echo "|---|---|---|---|---|---|---|---|---|"
+echo "| capability | bits | tokens | warps of a block | warp instructions per 32 weights | unique bytes : layer | bytes of requested sectors : layer | sector efficiency | bank conflicts, loads | blocks of a cluster |"
+echo "|---|---|---|---|---|---|---|---|---|---|"
 for cc in 80 90; do
   for bits in 4 3; do
     for tokens in 1 8 16; do
@@ -37,11 +37,14 @@ for line in open(path):
     j = json.loads(line)
     if "few_tokens" not in j["kernel"]:
         continue
-    g, s = j["global_load"], j["shared_load"]
+    g, b, s = j["global_load"], j["bulk_load"], j["shared_load"]
+    # A copy to all blocks of a cluster is requested once.
+    cluster = b["shared_bytes"] // b["bytes"] if b["bytes"] else 1
     print(f"| {cc / 10} | {bits} | {tokens} | {j['block'][0] // 32} "
           f"| {j['warp_instructions'] / (weights / 32):.2f} "
-          f"| {g['unique_bytes'] / layer:.3f} | {32 * g['sectors'] / layer:.2f} "
-          f"| {g['sector_efficiency']:.2f} | {s['wavefronts'] - s['ideal_wavefronts']} |")
+          f"| {(g['unique_bytes'] + b['unique_bytes']) / layer:.3f} "
+          f"| {32 * (g['sectors'] + b['sectors']) / layer:.3f} "
+          f"| {g['sector_efficiency']:.2f} | {s['wavefronts'] - s['ideal_wavefronts']} | {cluster} |")
 P
       rm -f "$scratch/stats"
     done
@@ -55,9 +58,10 @@ echo "1024 x 4096 where it takes 16:"
 echo
 echo "| architecture | bits | rows x tokens of a warp | registers | spills | thread instructions per 32 weights | bound by | compute : memory | in flight per SM, KiB |"
 echo "|---|---|---|---|---|---|---|---|---|"
-for arch in sm_80 sm_90a; do
+for job in "sm_80 60672" "sm_90a 102912"; do
+  read -r arch shared <<<"$job"
   python3 "$QEFT_SASS_REPORT" "$root/tests/cuda/kernels.cu" --arch $arch --kernel "few_tokens.*, 128" \
-    --block 160 --dynamic-smem 60672 --json -- -std=c++17 -I "$root/include" >"$scratch/sass.json" 2>/dev/null
+    --block 160 --dynamic-smem "$shared" --json -- -std=c++17 -I "$root/include" >"$scratch/sass.json" 2>/dev/null
   python3 - "$scratch/sass.json" $arch <<'P'
 import json, re, sys
 kernels = json.load(open(sys.argv[1]))

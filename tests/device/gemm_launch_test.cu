@@ -71,7 +71,8 @@ template <index_t GroupColumns>
 void compare_plans(index_t group) {
   using view_type = qeft::quantized_matrix_view<quant_format<4>, qeft::weak_tail<>, fragment,
                                                 qeft::device_memory>;
-  using product_type = qeft::block::few_tokens_product<view_type, 1, 1, GroupColumns>;
+  using alone = qeft::block::few_tokens_product<view_type, 1, 1, GroupColumns>;
+  using in_cluster = qeft::kernel::product_in_cluster<view_type, 1, 1, GroupColumns>;
   const auto layer = layer_of(20, 4128, 600, group);
   const qeft::quantized_matrix<fragment, qeft::device_memory> w(pack<fragment>(layer));
   const auto view = w.view<quant_format<4>>(qeft::weak_tail<>{{600}});
@@ -83,9 +84,11 @@ void compare_plans(index_t group) {
   check(parts.dense > 1 && parts.weak > 1, "several parts of both kinds");
   for (int each = count; each > 1; --each) {
     const int warps = (count + each - 1) / each;
-    const int shared = product_type::shared_bytes(count, warps);
     const auto kernel =
         qeft::kernel::few_tokens<1, 1, GroupColumns, view_type, float, qeft::epilogue::none>;
+    const int shared = qeft::device::detail::runs_in_clusters(kernel)
+                           ? in_cluster::shared_bytes(count, warps)
+                           : alone::shared_bytes(count, warps);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
           "cudaFuncSetAttribute");
     device_array<float> z(2 * 20);

@@ -29,32 +29,46 @@ __device__ __forceinline__ void arrive_and_expect(barrier& b, int bytes) {
                "r"(bytes)
                : "memory");
 }
+/// The same at the barrier that a block of the cluster has at this address of shared memory.
+__device__ __forceinline__ void arrive_and_expect_in_block(std::uint32_t b, int block, int bytes) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [there], %2;\n"
+      "}" ::"r"(b),
+      "r"(block), "r"(bytes)
+      : "memory");
+}
 /// Arrives at the barrier that a block of the cluster has in the place of b: what asynchronous
 /// operations of this thread read before has been read.
-__device__ __forceinline__ void arrive_in_block(barrier& b, int block) {
+__device__ __forceinline__ void arrive_in_block(std::uint32_t b, int block) {
   asm volatile(
       "{\n"
       ".reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
       "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
-      "}" ::"r"(shared_address(&b)),
+      "}" ::"r"(b),
       "r"(block)
       : "memory");
 }
+__device__ __forceinline__ void arrive_in_block(barrier& b, int block) {
+  arrive_in_block(shared_address(&b), block);
+}
 /// Waits for the end of a phase with this parity. @pre the one before it has ended
+__device__ __forceinline__ void wait_for_phase(std::uint32_t b, unsigned parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ended;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
+      "@!ended bra again;\n"
+      "}" ::"r"(b),
+      "r"(parity)
+      : "memory");
+}
 __device__ __forceinline__ void wait_for_phase(barrier& b, unsigned parity) {
-  unsigned ended = 0;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(ended)
-        : "r"(shared_address(&b)), "r"(parity)
-        : "memory");
-  } while (ended == 0);
+  wait_for_phase(shared_address(&b), parity);
 }
 
 /// __syncthreads of `threads` threads of whole warps. @param id 1 to 15
@@ -73,13 +87,18 @@ __device__ __forceinline__ int block_in_cluster() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(i));
   return i;
 }
-/// __syncthreads of all threads of the cluster.
-__device__ __forceinline__ void sync_cluster() {
+/// __syncthreads of all threads of the cluster, in two steps.
+__device__ __forceinline__ void arrive_at_cluster() {
   __syncwarp();
-  asm volatile(
-      "barrier.cluster.arrive.aligned;\n"
-      "barrier.cluster.wait.aligned;" ::
-          : "memory");
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void sync_cluster() {
+  arrive_at_cluster();
+  wait_for_cluster();
 }
 
 }  // namespace qeft::arch

@@ -44,8 +44,37 @@ class activations {
     read_ = begin + static_cast<std::uint32_t>(row * row_bytes + lane / 8 * 16);
   }
 
+  /// As in warp::activations, by all threads of the block.
+  template <bool GoesOn>
+  __device__ void begin(int left) {
+    start<0>(left);
+    arch::commit_copies();
+  }
+  template <int Begin, int Read, bool GoesOn>
+  __device__ void enter(int left) {
+    if ((GoesOn && Read > columns) || left > columns) {
+      start<(Begin / columns + 1) % 2>(left - columns);
+    }
+    arch::commit_copies();
+    arch::wait_for_copies<1>();
+    __syncthreads();
+  }
+  template <bool GoesOn>
+  __device__ void halfway(int) const {}
+  __device__ void leave() const { __syncthreads(); }
+
+  /// As in warp::activations, of this warp's tokens.
+  template <int Column>
+  __device__ void operands(std::uint32_t (&b)[TokenTiles][4], int offset = 0) const {
+    unroll<TokenTiles>([&](auto i) {
+      arch::load_matrices<2 * Column + i * 8 * row_bytes>(
+          b[i], read_ + static_cast<std::uint32_t>(2 * offset));
+    });
+  }
+
+ private:
   /// Starts to copy the next columns, of which there are `left`, into stage Which; zeros behind
-  /// them. @pre all threads of the block take part and have left the stage
+  /// them.
   template <int Which>
   __device__ void start(int left) {
     constexpr int begin = Which * columns * 2;
@@ -64,25 +93,7 @@ class activations {
     }
     next_ += columns;
   }
-  /// Before `start`: no thread reads any more of what is in the stage.
-  __device__ void leave() const { __syncthreads(); }
-  /// Waits for all stages but the last Pending that were committed, until all threads have them.
-  template <int Pending>
-  __device__ void wait() const {
-    arch::wait_for_copies<Pending>();
-    __syncthreads();
-  }
 
-  /// As in warp::activations, of this warp's tokens.
-  template <int Column>
-  __device__ void operands(std::uint32_t (&b)[TokenTiles][4], int offset = 0) const {
-    unroll<TokenTiles>([&](auto i) {
-      arch::load_matrices<2 * Column + i * 8 * row_bytes>(
-          b[i], read_ + static_cast<std::uint32_t>(2 * offset));
-    });
-  }
-
- private:
   index_t stride_;
   int tokens_;
   const Scalar* next_;     // what a thread copies next, of the first row of its warp

@@ -23,18 +23,19 @@ struct few_tokens_x {
 ///
 ///     const product p(shared, parts, parts_each);  // all threads of the block
 ///     p.multiply(w, row_tile, x);
-///     __syncthreads();
+///     p.meet();
 ///     for (unsigned at = threadIdx.x; at < product::places; at += blockDim.x) {
 ///       const auto sums = p.sums(at);  // of rows product::row(at, i) and token product::token(at)
 ///     }
 ///
 /// Blocks have one dimension, of whole warps: tuning::plan_warps says how many. Parameters are
-/// those of warp::part_product.
-template <class View, int RowTiles, int TokenTiles, index_t GroupColumns>
+/// those of warp::part_product, and
+/// @tparam Activations of a warp, on their way: warp::activations or cluster_activations
+template <class View, int RowTiles, int TokenTiles, index_t GroupColumns,
+          class Activations = warp::activations<typename View::scalar_type, TokenTiles>>
 class few_tokens_product {
   using scalar = typename View::scalar_type;
   using warp_product = warp::part_product<View, RowTiles, TokenTiles, GroupColumns>;
-  using activations = warp::activations<scalar, TokenTiles>;
 
  public:
   static constexpr int rows = 16 * RowTiles;
@@ -51,7 +52,7 @@ class few_tokens_product {
   QEFT_HOST_DEVICE static constexpr int shared_bytes(int parts, int warps,
                                                      int products = 1) noexcept {
     return products * parts * static_cast<int>(places * sizeof(values)) +
-           warps * activations::shared_bytes;
+           warps * Activations::shared_bytes;
   }
 
   /// @param shared     shared_bytes that nobody else uses as long as this does
@@ -68,7 +69,7 @@ class few_tokens_product {
         staged_(static_cast<char*>(shared) + shared_bytes(parts.count(), warp_, products)) {}
 
   /// Multiplies rows from 16 * row_tile on; those behind the last one are anything. All threads of
-  /// the block take part; once they have met at a barrier, `sums` has the results.
+  /// the block take part; once they have met, `sums` has the results.
   /// @param which of the products that are kept, from 0 on
   __device__ void multiply(const View& w, int row_tile, const few_tokens_x<scalar>& x,
                            int which = 0) const {
@@ -77,13 +78,20 @@ class few_tokens_product {
     warp_product(w, row_tile)
         .for_each_part(
             parts_, part, min(part + parts_each_, parts_.count()), x.dense, x.weak,
-            [&](const scalar* first) {
-              return activations({first, x.stride, x.tokens}, staged_);
+            [&](const scalar* first) -> Activations& {
+              staged_.take({first, x.stride, x.tokens});
+              return staged_;
             },
             [&](const typename warp_product::result& sum) {
               put(to, sum);
               to += places;
             });
+  }
+
+  /// Between the last `multiply` and `sums`: __syncthreads, and what else Activations need.
+  __device__ void meet() const {
+    staged_.finish();
+    __syncthreads();
   }
 
   /// Token that place `at` is about, 0 <= at < places; there may be fewer.
@@ -123,7 +131,7 @@ class few_tokens_product {
   int parts_each_;
   values* sums_;  // (products, parts, places)
   int warp_;
-  char* staged_;  // activations of this warp
+  mutable Activations staged_;  // of this warp
 };
 
 }  // namespace qeft::block

@@ -55,23 +55,60 @@ constexpr int most_shared_bytes() noexcept {
   return most;
 }
 
+/// Whether the code of a kernel for few tokens is for clusters: made for sm_90a. No other code has
+/// static shared memory.
+template <class Kernel>
+bool runs_in_clusters(Kernel* k) {
+  int major = 0;
+  if (!device_attribute(major, cudaDevAttrComputeCapabilityMajor).ok() || major != 9) {
+    return false;
+  }
+  cudaFuncAttributes attributes{};
+  const cudaError_t code = cudaFuncGetAttributes(&attributes, k);
+  if (code != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return code == cudaSuccess && attributes.sharedSizeBytes > 0;
+}
+
+/// The kernel for few tokens with its blocks of rows and of tokens, in clusters of so many or
+/// without clusters (0).
+template <class Product, class Kernel, class Args>
+status launch_few_blocks(cudaStream_t stream, Kernel* k, const dim3& grid, int parts, int warps,
+                         int cluster, const Args& args) {
+  constexpr int most_shared = most_shared_bytes<Product>();
+  if (status s = allow_shared("gemm", k, most_shared); !s.ok()) return s;
+  const auto threads = static_cast<unsigned>(32 * warps);
+  const int shared = Product::shared_bytes(parts, warps);
+  return cluster == 0
+             ? launch_kernel("gemm: the launch", k, grid, threads, shared, stream, args)
+             : launch_cluster("gemm: the launch", k, grid, threads, cluster, shared, stream, args);
+}
+
 /// One launch for layers of the same IC, k and group size.
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue,
           int Layers>
 status launch_few(cudaStream_t stream, kernel::product_args<View, Y, Epilogue> (&layers)[Layers]) {
   using product = block::few_tokens_product<View, RowTiles, TokenTiles, GroupColumns>;
-  constexpr int most_shared = most_shared_bytes<product>();
-  static_assert(most_shared <= 99 * 1024, "more than a device of compute capability 8.6 has");
+  using in_cluster = kernel::product_in_cluster<View, RowTiles, TokenTiles, GroupColumns>;
+  static_assert(most_shared_bytes<product>() <= 99 * 1024,
+                "more than a device of compute capability 8.6 has");
+  static_assert(most_shared_bytes<in_cluster>() <= 226 * 1024,
+                "more than a device of compute capability 9.0 has");
   const index_t row_blocks = row_blocks_of(layers, product::rows);
+  bool same_x = true;
+  for (const auto& layer : layers) {
+    same_x = same_x && layer.dense_x == layers[0].dense_x && layer.weak_x == layers[0].weak_x;
+  }
   const index_t token_blocks = ceil_div(layers[0].tokens, product::most_tokens);
   const int parts = layers[0].parts.count();
   const tuning::warp_plan plan = tuning::plan_warps(parts, RowTiles);
   for (auto& layer : layers) layer.parts_each = plan.parts_each;
   const auto start = [&](auto* k, const auto& args) {
-    if (status s = allow_shared("gemm", k, most_shared); !s.ok()) return s;
     const dim3 grid(static_cast<unsigned>(row_blocks), static_cast<unsigned>(token_blocks));
-    return launch_kernel("gemm: the launch", k, grid, static_cast<unsigned>(32 * plan.warps),
-                         product::shared_bytes(parts, plan.warps), stream, args);
+    if (!runs_in_clusters(k)) {
+      return launch_few_blocks<product>(stream, k, grid, parts, plan.warps, 0, args);
+    }
+    const int cluster = same_x ? tuning::few_tokens_cluster(row_blocks) : 1;
+    return launch_few_blocks<in_cluster>(stream, k, grid, parts, plan.warps, cluster, args);
   };
   if constexpr (Layers == 1) {
     return start(kernel::few_tokens<RowTiles, TokenTiles, GroupColumns, View, Y, Epilogue>,

@@ -64,6 +64,7 @@ class part_product {
   /// Weak columns that are multiplied together, and how many of these are loaded ahead.
   static constexpr int weak_columns = 2 * fragment::step_columns;
   static constexpr int weak_ahead = most_tiles_ahead / 2;
+  static constexpr int weak_step = weak_ahead * weak_columns;
   static constexpr bool scaled = format::zero == zero_kind::scaled;
   /// A chunk has the four groups of a set.
   static constexpr bool set_is_chunk = 4 * GroupColumns == tuning::chunk_columns;
@@ -87,7 +88,7 @@ class part_product {
   /// All lanes take part.
   /// @param dense_x of the first dense column  @param weak_x of the first weak column
   /// @param x_of    makes of a pointer to the first of some columns what add_dense and add_weak
-  ///                take; nobody uses its shared memory then
+  ///                take
   template <class XOf, class Done>
   __device__ void for_each_part(const tuning::parts& parts, int part, int end,
                                 const scalar* dense_x, const scalar* weak_x, const XOf& x_of,
@@ -99,14 +100,13 @@ class part_product {
           arch::kept(min(last_part * parts.dense_columns, static_cast<int>(w_.dense_columns())));
       int part_end = min(first + parts.dense_columns, last);
       result sum;
-      auto x = x_of(dense_x + first);
+      auto&& x = x_of(dense_x + first);
       add_dense(first, last, x, sum, [&](int column) {
         if (column < part_end) return;
         done(sum);
         sum = {};
         part_end = min(part_end + parts.dense_columns, last);
       });
-      x.leave();
       part = last_part;
     }
 #pragma unroll 1
@@ -114,10 +114,9 @@ class part_product {
       const int first = (part - parts.dense) * parts.weak_columns;
       const int last = min(first + parts.weak_columns, static_cast<int>(w_.weak_columns()));
       result sum;
-      auto x = x_of(weak_x + first);
+      auto&& x = x_of(weak_x + first);
       add_weak(first, last, x, sum);
       done(sum);
-      x.leave();
     }
   }
 
@@ -131,10 +130,10 @@ class part_product {
   __device__ void add_dense(int first, int last, Activations& x, result& sum,
                             const Done& done) const {
     constexpr int columns = Activations::columns;
+    constexpr int tiles = columns / tile_columns;
     code_stream codes(*this, first);
     codes.template load<0, tiles_ahead>(last - first);
-    x.template start<0>(last - first);
-    arch::commit_copies();
+    x.template begin<(columns < tuning::chunk_columns)>(last - first);
     group_state group(*this, first);
     int column = first;
     do {
@@ -143,19 +142,17 @@ class part_product {
       group.begin_chunk(left);
       unroll<tuning::chunk_columns / columns>([&](auto stage) {
         constexpr int begin = stage * columns;
-        constexpr int end = begin + columns;
-        // While this stage is multiplied, the next one comes. Behind the last column activations
-        // are zeros, which add nothing; whole groups are left out.
-        constexpr bool goes_on = !set_is_chunk && end < tuning::chunk_columns;
-        x.leave();
-        if (goes_on || left > end) x.template start<(stage + 1) % 2>(left - end);
-        arch::commit_copies();
-        x.template wait<1>();
-        unroll<columns / tile_columns>([&](auto i) {
+        // Behind the last column activations are zeros, which add nothing; whole groups are left
+        // out.
+        constexpr int read = set_is_chunk ? static_cast<int>(GroupColumns) : tuning::chunk_columns;
+        constexpr bool goes_on = begin + columns < tuning::chunk_columns;
+        x.template enter<begin, read, goes_on>(left - begin);
+        unroll<tiles>([&](auto i) {
           constexpr int tile = begin / tile_columns + i;
+          if constexpr (i == tiles / 2) x.template halfway<goes_on>(left - begin);
           if constexpr (set_is_chunk) {
             constexpr int group_begin = tile * tile_columns / GroupColumns * GroupColumns;
-            if (left <= group_begin) return;
+            if (group_begin > 0 && left <= group_begin) return;
           }
           unroll<unpack::steps / 2>([&](auto pair) {
             constexpr int at = tile * tile_columns + pair * 2 * fragment::step_columns;
@@ -169,12 +166,12 @@ class part_product {
             codes.template load_next<tile + 1 - tiles_together>(left);
           }
         });
+        x.leave();
       });
       codes.next_chunk();
       column += tuning::chunk_columns;
       done(column);
     } while (column < last);
-    x.template wait<0>();
   }
 
   /// Adds the weak columns [first, last). @pre first is a multiple of 16; all lanes take part
@@ -184,20 +181,16 @@ class part_product {
     constexpr int columns = Activations::columns;
     weak_stream values(*this, first);
     values.template load<0, weak_ahead>(last - first);
-    x.template start<0>(last - first);
-    arch::commit_copies();
+    x.template begin<false>(last - first);
     result stage_sum;
     for (int left = last - first; left > 0; left -= 2 * columns) {
       unroll<2>([&](auto stage) {
         constexpr int begin = stage * columns;
-        constexpr int end = begin + columns;
         if (stage == 1 && left <= begin) return;
-        x.leave();
-        if (left > end) x.template start<1 - stage>(left - end);
-        arch::commit_copies();
-        x.template wait<1>();
+        x.template enter<begin, weak_columns, false>(left - begin);
 #pragma unroll 1
-        for (int at = 0; at < columns && at < left - begin; at += weak_ahead * weak_columns) {
+        for (int at = 0; at < columns && at < left - begin; at += weak_step) {
+          if (at == columns / 2) x.template halfway<false>(left - begin);
           const int left_here = left - begin - at;
           unroll<weak_ahead>([&](auto i) {
             if (i > 0 && left_here <= i * weak_columns) return;
@@ -207,14 +200,14 @@ class part_product {
             values.template load<i + weak_ahead, 1>(left_here);
           });
           values.advance();
+          if ((begin + at + weak_step) % tuning::stage_columns == 0) {
+            sum += stage_sum;
+            stage_sum = {};
+          }
         }
-        if (end % tuning::stage_columns == 0) {
-          sum += stage_sum;
-          stage_sum = {};
-        }
+        x.leave();
       });
     }
-    x.template wait<0>();
     sum += stage_sum;
   }
 
@@ -232,6 +225,10 @@ class part_product {
         const index_t at = tile * fragment::tile_words<bits>();
         low_[r] = p.w_.codes + lane * 4 + at;
         high_[r] = p.w_.codes + fragment::lanes * 4 + lane * (unpack::words - 4) + at;
+      }
+      if constexpr (prefetches) {
+        prefetch_word_ = arch::kept(chunk_words + lane * (line_words - 4));
+        prefetch_column_ = arch::kept(tuning::chunk_columns + lane * (2 * line_words) / bits);
       }
     }
     /// The words of tile i of a chunk.
@@ -255,26 +252,25 @@ class part_product {
     /// Asks for the codes of the next chunk to come to the second-level cache.
     /// @param left columns from this chunk on
     __device__ void prefetch_next(int left) const {
-      constexpr int words = tiles_per_chunk * static_cast<int>(fragment::tile_words<bits>());
-      constexpr int line = 128 / 4;
-      const int lane = static_cast<int>(threadIdx.x % 32U);
-      unroll<(words + 32 * line - 1) / (32 * line)>([&](auto i) {
-        // A word is 2 / bits columns of 16 rows.
-        const int column = tuning::chunk_columns + (i * 32 + lane) * (2 * line) / bits;
-        if (left <= column) return;
+      unroll<(chunk_words + 32 * line_words - 1) / (32 * line_words)>([&](auto i) {
+        if (left <= prefetch_column_ + i * 32 * (2 * line_words) / bits) return;
         for (int r = 0; r < RowTiles; ++r) {
-          arch::prefetch(low_[r] + (words + i * 32 * line + lane * (line - 4)));
+          arch::prefetch(low_[r] + (prefetch_word_ + i * 32 * line_words));
         }
       });
     }
     __device__ void next_chunk() {
       for (int r = 0; r < RowTiles; ++r) {
-        low_[r] += tiles_per_chunk * fragment::tile_words<bits>();
-        high_[r] += tiles_per_chunk * fragment::tile_words<bits>();
+        low_[r] += chunk_words;
+        high_[r] += chunk_words;
       }
     }
 
    private:
+    static constexpr int chunk_words =
+        tiles_per_chunk * static_cast<int>(fragment::tile_words<bits>());
+    /// Of what is asked for together: a word is 2 / bits columns of 16 rows.
+    static constexpr int line_words = 128 / 4;
     template <int Tile>
     __device__ void load_tile() {
       constexpr int offset = Tile * static_cast<int>(fragment::tile_words<bits>());
@@ -289,6 +285,8 @@ class part_product {
 
     const std::uint32_t* low_[RowTiles];   // of the first plane, the chunk's first tile
     const std::uint32_t* high_[RowTiles];  // of the second one
+    int prefetch_word_;                    // from there to what a lane asks for
+    int prefetch_column_;                  // at which that is, in the chunk
     words ring_[tiles_ahead];  // behind the last column anything: zeros are multiplied with it
   };
 
