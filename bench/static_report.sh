@@ -58,7 +58,11 @@ echo "1024 x 4096 where it takes 16:"
 echo
 echo "| architecture | bits | rows x tokens of a warp | registers | spills | thread instructions per 32 weights | bound by | compute : memory | in flight per SM, KiB |"
 echo "|---|---|---|---|---|---|---|---|---|"
-for job in "sm_80 60672" "sm_90a 102912"; do
+# few_tokens_product::shared_bytes of 32 rows and 16 tokens: sums of nine parts and, for five warps,
+# two stages of 128 columns, or of 256 in a cluster, and 16 bytes for each token, or in each stage.
+sums=$((9 * 32 * 16 * 4))
+for job in "sm_80 $((sums + 5 * 16 * (2 * 128 * 2 + 16)))" \
+  "sm_90a $((sums + 5 * 16 * 2 * (256 * 2 + 16)))"; do
   read -r arch shared <<<"$job"
   python3 "$QEFT_SASS_REPORT" "$root/tests/cuda/kernels.cu" --arch $arch --kernel "few_tokens.*, 128" \
     --block 160 --dynamic-smem "$shared" --json -- -std=c++17 -I "$root/include" >"$scratch/sass.json" 2>/dev/null
@@ -68,7 +72,7 @@ kernels = json.load(open(sys.argv[1]))
 kernels = kernels if isinstance(kernels, list) else [kernels]
 rows = []
 for k in kernels:
-    m = re.match(r".*few_tokens<(\d+), (\d+), 128l?, .*quant_format<(\d+)[^<>]*half_bits>", k["kernel"])
+    m = re.match(r".*few_tokens<(\d+), (\d+), 128l?, 1, .*quant_format<(\d+)[^<>]*half_bits>", k["kernel"])
     if not m:
         continue
     row_tiles, token_tiles, bits = map(int, m.groups())

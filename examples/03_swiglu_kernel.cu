@@ -23,7 +23,7 @@ __global__ void swiglu(layer gate, layer up, qeft::block::few_tokens_x<half_bits
   const product of(shared, parts, parts_each, 2);
   of.multiply(gate, 2 * static_cast<int>(blockIdx.x), x, 0);
   of.multiply(up, 2 * static_cast<int>(blockIdx.x), x, 1);
-  __syncthreads();
+  of.meet();
   for (unsigned at = threadIdx.x; at < product::places; at += blockDim.x) {
     const auto g = of.sums(at, 0);
     const auto u = of.sums(at, 1);

@@ -13,14 +13,13 @@ using layer = quantized_matrix_view<Format, weak_tail<>, layout::fragment, devic
 template <class Format, int Layers>
 using products = product_layers<Layers, product_args<layer<Format>, half_bits, epilogue::none>>;
 
-#define QEFT_KERNEL(format, row_tiles, token_tiles, group)                             \
-  template __global__ void                                                             \
-  few_tokens<row_tiles, token_tiles, group, layer<format>, half_bits, epilogue::none>( \
-      const __grid_constant__ product_args<layer<format>, half_bits, epilogue::none> args);
-#define QEFT_LAYERS(format, token_tiles, group)                                          \
-  template __global__ void                                                               \
-  few_tokens_of_layers<2, token_tiles, group, layer<format>, half_bits, epilogue::none>( \
-      const __grid_constant__ products<format, most_layers>);
+#define QEFT_FEW(format, row_tiles, token_tiles, group, layers)                                \
+  template __global__ void                                                                     \
+  few_tokens<row_tiles, token_tiles, group, layers, layer<format>, half_bits, epilogue::none>( \
+      const __grid_constant__ products<format, layers>);
+#define QEFT_KERNEL(format, row_tiles, token_tiles, group) \
+  QEFT_FEW(format, row_tiles, token_tiles, group, 1)
+#define QEFT_LAYERS(format, token_tiles, group) QEFT_FEW(format, 2, token_tiles, group, most_layers)
 #define QEFT_MANY(format, token_warps, group, layers)                                \
   template __global__ void                                                           \
   many_tokens<token_warps, group, layers, layer<format>, half_bits, epilogue::none>( \

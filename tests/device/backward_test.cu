@@ -185,6 +185,21 @@ void compare_groups() {
   d.zero = scaled::zero;
   d.scalar = qeft::scalar_kind::bf16;
   compare<scaled>(random_layer(d, random), 9, random);
+  // The same with weak columns anywhere and three runs.
+  d.out_channels = 2100;
+  d.in_channels = 48;
+  d.weak = qeft::weak_kind::indexed;
+  const auto layer = random_layer(d, random);
+  const device_matrix w(pack<fragment>(layer));
+  with_view<scaled>(w, [](const auto& view) {
+    using qeft::device::detail::plan_input_gradient;
+    check(plan_input_gradient(view, 1010).runs.count == 3, "three runs");
+    check(plan_input_gradient(view, 1010).run_sums > 0 &&
+              plan_input_gradient(view, 4040).run_sums == 0,
+          "run by run, and not");
+  });
+  compare_input_gradient<scaled>(layer, w, random_activations<qeft::bf16_bits>(random, 4040 * 2100),
+                                 4040);
 }
 
 std::vector<half_bits> times(std::vector<half_bits> x, float factor) {

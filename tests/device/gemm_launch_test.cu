@@ -85,15 +85,16 @@ void compare_plans(index_t group) {
   for (int each = count; each > 1; --each) {
     const int warps = (count + each - 1) / each;
     const auto kernel =
-        qeft::kernel::few_tokens<1, 1, GroupColumns, view_type, float, qeft::epilogue::none>;
-    const int shared = qeft::device::detail::runs_in_clusters(kernel)
-                           ? in_cluster::shared_bytes(count, warps)
-                           : alone::shared_bytes(count, warps);
+        qeft::kernel::few_tokens<1, 1, GroupColumns, 1, view_type, float, qeft::epilogue::none>;
+    bool in_clusters = false;
+    check(qeft::device::detail::is_sm90a_code(kernel, in_clusters).ok(), "the kernel's code");
+    const int shared =
+        in_clusters ? in_cluster::shared_bytes(count, warps) : alone::shared_bytes(count, warps);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
           "cudaFuncSetAttribute");
     device_array<float> z(2 * 20);
     kernel<<<2, 32 * warps, shared>>>(
-        {view, x.data(), x.data() + 3528, 4128, 2, z.data(), {}, parts, each});
+        {{{view, x.data(), x.data() + 3528, 4128, 2, z.data(), {}, parts, each}}, {2}});
     check(cudaDeviceSynchronize(), "a plan");
     check(to_host(z) == y, "the same bits however many warps there are");
   }

@@ -70,7 +70,7 @@ qeft::status launch(by_choice, const Args& args) {
 template <class Args>
 qeft::status launch(by_few, const Args& args) {
   Args layers[] = {args};
-  return detail::launch_few<1, 2, qeft::dynamic>(nullptr, layers);
+  return detail::launch_few<1, 2, qeft::dynamic>(nullptr, layers, multiprocessors());
 }
 
 /// y of the first `tokens` tokens.
@@ -203,8 +203,10 @@ bool is_built_in(index_t tokens) {
   qeft::kernel::product_args<view, float, qeft::epilogue::none> layers[1] = {};
   layers[0].w.out_channels = 4096;
   layers[0].tokens = static_cast<int>(tokens);
-  const bool has = detail::has_many_tokens_sm90(layers[0]);
-  const bool suits = detail::suits_many_tokens_sm90(layers, multiprocessors());
+  bool has = false;
+  bool suits = false;
+  check(detail::has_many_tokens_sm90(layers[0], has).ok(), "the kernel's code");
+  check(detail::suits_many_tokens_sm90(layers, multiprocessors(), suits).ok(), "the choice");
   if (tokens < 64) check(!suits, "so few tokens");
   if (tokens > 2000) check(suits == has, "so many tokens");
   return has;

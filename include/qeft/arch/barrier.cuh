@@ -14,7 +14,8 @@ struct alignas(8) barrier {
   std::uint64_t state;
 };
 
-/// By one thread, before sync_cluster.
+/// By one thread. Others use b once they have met that thread behind publish_barriers: those of its
+/// block, or of the cluster if other blocks copy to it or arrive at b.
 __device__ __forceinline__ void init_barrier(barrier& b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&b)), "r"(arrivals)
                : "memory");
@@ -40,8 +41,8 @@ __device__ __forceinline__ void arrive_and_expect_in_block(std::uint32_t b, int 
       "r"(block), "r"(bytes)
       : "memory");
 }
-/// Arrives at the barrier that a block of the cluster has in the place of b: what asynchronous
-/// operations of this thread read before has been read.
+/// Arrives at the barrier that a block of the cluster has at this address of shared memory: who
+/// waits for it there may overwrite what this thread, and those it met before, have read.
 __device__ __forceinline__ void arrive_in_block(std::uint32_t b, int block) {
   asm volatile(
       "{\n"
@@ -55,7 +56,8 @@ __device__ __forceinline__ void arrive_in_block(std::uint32_t b, int block) {
 __device__ __forceinline__ void arrive_in_block(barrier& b, int block) {
   arrive_in_block(shared_address(&b), block);
 }
-/// Waits for the end of a phase with this parity. @pre the one before it has ended
+/// Waits for the end of a phase with this parity; threads of a warp may go on one by one.
+/// @pre the phase before it has ended
 __device__ __forceinline__ void wait_for_phase(std::uint32_t b, unsigned parity) {
   asm volatile(
       "{\n"

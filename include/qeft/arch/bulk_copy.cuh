@@ -19,9 +19,10 @@ __device__ __forceinline__ void copy_to_blocks_async(std::uint32_t to, const voi
       : "memory");
 }
 
-/// Between what a thread writes to shared memory, and what copies write there afterwards.
+/// Between what a thread writes to shared memory, and what copies write there afterwards, which
+/// other blocks of the cluster may start.
 __device__ __forceinline__ void fence_bulk_copies() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  asm volatile("fence.proxy.async;" ::: "memory");
 }
 
 }  // namespace qeft::arch

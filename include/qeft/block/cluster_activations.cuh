@@ -18,10 +18,14 @@ namespace qeft::block {
 /// for warps that make the same calls in all blocks. Compute capability 9.0.
 ///
 /// What is behind the last column of a token up to the next 16 bytes is read too, and may be
-/// anything. Clusters have one dimension and 1, 2, 4 or 8 blocks. All threads of a block make,
-/// finish and destroy one of these, and all warps call `begin`.
+/// anything, but must be readable. Clusters have one dimension and 1, 2, 4 or 8 blocks, and blocks
+/// at most tuning::most_few_tokens_warps(1) warps. All threads of a block make, finish and destroy
+/// one of these, and all warps call `begin`, behind which all blocks have their barriers. These are
+/// static: a kernel has one object of a type at a time.
 template <class Scalar, int TokenTiles>
 class cluster_activations {
+  static_assert(TokenTiles <= 4, "a lane copies the columns of a token");
+
  public:
   /// Of a stage.
   static constexpr int columns = tuning::chunk_columns / TokenTiles;
@@ -93,6 +97,7 @@ class cluster_activations {
   __device__ void enter(int left) {
     filled_ ^= other_stage;
     arch::wait_for_phase(filled_, entered_ / 2 % 2);
+    __syncwarp();
     ++entered_;
     for (int i = 0; i < TokenTiles; ++i) row_[i] = arch::kept(rows_[i] - row_[i]);
     if (left < columns) clear_behind<Read>(max(left, 0));
@@ -138,6 +143,7 @@ class cluster_activations {
           x_.data + first + index_t{arch::lane()} * index_t{x_.stride}, bytes, filled,
           (2U << last_block_) - 1U);
     }
+    __syncwarp();
   }
   /// Zeros behind the last column of the stage that is read, up to the next multiple of Read.
   template <int Read>

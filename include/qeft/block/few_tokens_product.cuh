@@ -7,7 +7,9 @@
 
 namespace qeft::block {
 
-/// Activations of a block's tokens, dense and weak columns apart.
+/// Activations of a block's tokens, dense and weak columns apart. Of either, 16 bytes at a time are
+/// read up to the end of a token's columns: what is behind them there may be anything, but must be
+/// readable.
 template <class Scalar>
 struct few_tokens_x {
   const Scalar* dense;  // (tokens, IC - k), 16-byte aligned
@@ -64,8 +66,7 @@ class few_tokens_product {
       : parts_(parts),
         parts_each_(parts_each),
         sums_(static_cast<values*>(shared)),
-        // From one lane, so that the compiler knows it to be the same in all.
-        warp_(static_cast<int>(arch::from_lane<32>(threadIdx.x / 32U, 0))),
+        warp_(arch::uniform_warp()),
         staged_(static_cast<char*>(shared) + shared_bytes(parts.count(), warp_, products)) {}
 
   /// Multiplies rows from 16 * row_tile on; those behind the last one are anything. All threads of
@@ -74,7 +75,7 @@ class few_tokens_product {
   __device__ void multiply(const View& w, int row_tile, const few_tokens_x<scalar>& x,
                            int which = 0) const {
     const int part = warp_ * parts_each_;
-    values* to = first_sum(which) + static_cast<unsigned>(part) * places + threadIdx.x % 32U;
+    values* to = first_sum(which) + static_cast<unsigned>(part) * places + arch::lane();
     warp_product(w, row_tile)
         .for_each_part(
             parts_, part, min(part + parts_each_, parts_.count()), x.dense, x.weak,

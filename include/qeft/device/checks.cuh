@@ -142,6 +142,24 @@ status allow_shared(const char* function, Kernel* kernel, int bytes) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), function);
 }
 
+/// Whether the current device has compute capability 9.0 and runs code of a kernel that was made
+/// for sm_90a. That code has static shared memory, which any other has only where a functor of the
+/// user's brings some. (It is then taken for code for sm_90a, if all that a unit instantiates is
+/// made for the same architectures.)
+template <class Kernel>
+status is_sm90a_code(Kernel* kernel, bool& is) {
+  is = false;
+  int major = 0;
+  if (status s = qeft::detail::device_attribute(major, cudaDevAttrComputeCapabilityMajor);
+      !s.ok() || major != 9) {
+    return s;
+  }
+  cudaFuncAttributes attributes{};
+  const cudaError_t code = cudaFuncGetAttributes(&attributes, kernel);
+  is = code == cudaSuccess && attributes.sharedSizeBytes > 0;
+  return qeft::detail::cuda_status(code, "gemm: cudaFuncGetAttributes");
+}
+
 /// body(view) with the typed view of a matrix, which must be one of Formats.
 template <class Formats, class M, class Body>
 status with_any_view(const quantized_matrix<layout::fragment, M>& w, const Body& body) {

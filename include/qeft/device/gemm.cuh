@@ -55,20 +55,6 @@ constexpr int most_shared_bytes() noexcept {
   return most;
 }
 
-/// Whether the code of a kernel for few tokens is for clusters: made for sm_90a. No other code has
-/// static shared memory.
-template <class Kernel>
-bool runs_in_clusters(Kernel* k) {
-  int major = 0;
-  if (!device_attribute(major, cudaDevAttrComputeCapabilityMajor).ok() || major != 9) {
-    return false;
-  }
-  cudaFuncAttributes attributes{};
-  const cudaError_t code = cudaFuncGetAttributes(&attributes, k);
-  if (code != cudaSuccess) static_cast<void>(cudaGetLastError());
-  return code == cudaSuccess && attributes.sharedSizeBytes > 0;
-}
-
 /// The kernel for few tokens with its blocks of rows and of tokens, in clusters of so many or
 /// without clusters (0).
 template <class Product, class Kernel, class Args>
@@ -86,7 +72,8 @@ status launch_few_blocks(cudaStream_t stream, Kernel* k, const dim3& grid, int p
 /// One launch for layers of the same IC, k and group size.
 template <int RowTiles, int TokenTiles, index_t GroupColumns, class View, class Y, class Epilogue,
           int Layers>
-status launch_few(cudaStream_t stream, kernel::product_args<View, Y, Epilogue> (&layers)[Layers]) {
+status launch_few(cudaStream_t stream, kernel::product_args<View, Y, Epilogue> (&layers)[Layers],
+                  int multiprocessors) {
   using product = block::few_tokens_product<View, RowTiles, TokenTiles, GroupColumns>;
   using in_cluster = kernel::product_in_cluster<View, RowTiles, TokenTiles, GroupColumns>;
   static_assert(most_shared_bytes<product>() <= 99 * 1024,
@@ -102,22 +89,17 @@ status launch_few(cudaStream_t stream, kernel::product_args<View, Y, Epilogue> (
   const int parts = layers[0].parts.count();
   const tuning::warp_plan plan = tuning::plan_warps(parts, RowTiles);
   for (auto& layer : layers) layer.parts_each = plan.parts_each;
-  const auto start = [&](auto* k, const auto& args) {
-    const dim3 grid(static_cast<unsigned>(row_blocks), static_cast<unsigned>(token_blocks));
-    if (!runs_in_clusters(k)) {
-      return launch_few_blocks<product>(stream, k, grid, parts, plan.warps, 0, args);
-    }
-    const int cluster = same_x ? tuning::few_tokens_cluster(row_blocks) : 1;
-    return launch_few_blocks<in_cluster>(stream, k, grid, parts, plan.warps, cluster, args);
-  };
-  if constexpr (Layers == 1) {
-    return start(kernel::few_tokens<RowTiles, TokenTiles, GroupColumns, View, Y, Epilogue>,
-                 layers[0]);
-  } else {
-    return start(
-        kernel::few_tokens_of_layers<RowTiles, TokenTiles, GroupColumns, View, Y, Epilogue>,
-        in_one_launch(layers, product::rows));
+  constexpr int count = static_cast<int>(layer_numbers<Layers>::size());
+  const auto k = kernel::few_tokens<RowTiles, TokenTiles, GroupColumns, count, View, Y, Epilogue>;
+  const auto args = in_one_launch(layers, product::rows);
+  const dim3 grid(static_cast<unsigned>(row_blocks), static_cast<unsigned>(token_blocks));
+  bool in_clusters = false;
+  if (status s = is_sm90a_code(k, in_clusters); !s.ok()) return s;
+  if (!in_clusters) {
+    return launch_few_blocks<product>(stream, k, grid, parts, plan.warps, 0, args);
   }
+  const int cluster = same_x ? tuning::few_tokens_cluster(row_blocks, multiprocessors) : 1;
+  return launch_few_blocks<in_cluster>(stream, k, grid, parts, plan.warps, cluster, args);
 }
 
 template <class View, class X, class Y, class Epilogue>
@@ -135,7 +117,7 @@ status launch_few(cudaStream_t stream, kernel::product_args<View, Y, Epilogue> (
                   int multiprocessors) {
   const auto with_tiles = [&](auto row_tiles, auto token_tiles) {
     return with_group_columns(layers[0].w, [&](auto group_columns) {
-      return launch_few<row_tiles, token_tiles, group_columns>(stream, layers);
+      return launch_few<row_tiles, token_tiles, group_columns>(stream, layers, multiprocessors);
     });
   };
   index_t tiles = 0;
@@ -162,8 +144,8 @@ status launch_order(cudaStream_t stream, const View& w, const activation_plan& p
 
 /// @param x in the order of `plan`
 template <class View, class X, class Y, class Epilogue>
-auto few_args(const View& w, const activation_plan& plan, const X* x, index_t tokens, Y* y,
-              const Epilogue& epilogue) {
+auto args_of(const View& w, const activation_plan& plan, const X* x, index_t tokens, Y* y,
+             const Epilogue& epilogue) {
   return kernel::product_args<decltype(as_tail(w)), Y, Epilogue>{as_tail(w),
                                                                  x,
                                                                  x + plan.weak_at,
@@ -171,8 +153,7 @@ auto few_args(const View& w, const activation_plan& plan, const X* x, index_t to
                                                                  static_cast<int>(tokens),
                                                                  y,
                                                                  epilogue,
-                                                                 parts_of(w),
-                                                                 1};
+                                                                 parts_of(w)};
 }
 
 /// Picks the kernel.
@@ -183,13 +164,16 @@ status launch_products(cudaStream_t stream,
                        kernel::product_args<View, Y, Epilogue> (&layers)[Layers],
                        std::byte* space) {
   int multiprocessors = 0;
-  if (status s = device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount); !s.ok()) {
+  if (status s = qeft::detail::device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount);
+      !s.ok()) {
     return s;
   }
   if (layers[0].tokens < tuning::many_tokens_from) {
     return launch_few(stream, layers, multiprocessors);
   }
-  if (suits_many_tokens_sm90(layers, multiprocessors)) {
+  bool suits_sm90 = false;
+  if (status s = suits_many_tokens_sm90(layers, multiprocessors, suits_sm90); !s.ok()) return s;
+  if (suits_sm90) {
     return launch_many_tokens_sm90(stream, layers, multiprocessors);
   }
   place_part_sums(layers, space);
@@ -207,7 +191,7 @@ status launch(const on_stream& exec, const View& w, const X* x, index_t tokens, 
     x = to;
   }
   kernel::product_args<decltype(as_tail(w)), Y, Epilogue> layers[] = {
-      few_args(w, plan, x, tokens, y, epilogue)};
+      args_of(w, plan, x, tokens, y, epilogue)};
   return launch_products(exec.stream, layers, exec.workspace.data() + gathered_bytes(plan, tokens));
 }
 

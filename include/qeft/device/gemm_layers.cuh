@@ -83,7 +83,7 @@ status launch_layers(const on_stream& exec, const layer_output<View, Y, Epilogue
       }
     }
   }
-  kernel::product_args<decltype(as_tail(layers[0].w)), Y, Epilogue> args[] = {few_args(
+  kernel::product_args<decltype(as_tail(layers[0].w)), Y, Epilogue> args[] = {args_of(
       layers[Index].w, plan, x_of[Index], tokens, layers[Index].y, layers[Index].epilogue)...};
   return launch_products(exec.stream, args, exec.workspace.data() + orders * bytes);
 }
@@ -179,10 +179,13 @@ status supports_gemm(
   return d::check_capability("gemm");
 }
 
-/// gemm of two to four layers with the same activations, bit for bit what gemm of each writes, in
-/// one launch, so that small layers fill the device together:
+/// gemm of two to four layers with the same activations, bit for bit what gemm of each writes.
+/// Their products share a launch, so that small layers fill the device together:
 ///
 ///     gemm(exec, {layer_output{w_gate, gate}, layer_output{w_up, up}}, x, tokens)
+///
+/// Where activations are put into order, or sums of parts are added, that takes launches of its
+/// own.
 ///
 /// @param layers of one type, with the same IC, k and group size; OC may differ. No two outputs
 ///               overlap

@@ -11,7 +11,6 @@ namespace qeft {
 inline namespace QEFT_TARGET {
 namespace device::detail {
 
-using qeft::detail::device_attribute;
 using qeft::detail::launch_cluster;
 
 /// cuTensorMapEncodeTiled, a function of the driver, which this library is not linked with; null
@@ -58,20 +57,12 @@ status make_tensor_map(CUtensorMap& map, const Scalar* x, index_t columns, int t
                " tokens of ", columns, " columns, ", stride, " elements apart")};
 }
 
-/// Whether launch_many_tokens_sm90 can be used: the current device has compute capability 9.0, and
-/// the code was made for sm_90a. Any other code of the kernel has no static shared memory. (All
-/// that a unit instantiates is made for the same architectures.)
+/// Whether launch_many_tokens_sm90 can be used. (All that a unit instantiates is made for the same
+/// architectures.)
 template <class View, class Y, class Epilogue>
-bool has_many_tokens_sm90(const kernel::product_args<View, Y, Epilogue>&) {
-  int major = 0;
-  if (!device_attribute(major, cudaDevAttrComputeCapabilityMajor).ok() || major != 9) {
-    return false;
-  }
-  const auto k = kernel::many_tokens_sm90<64, tuning::chunk_columns, 1, View, Y, Epilogue>;
-  cudaFuncAttributes attributes{};
-  const cudaError_t code = cudaFuncGetAttributes(&attributes, k);
-  if (code != cudaSuccess) static_cast<void>(cudaGetLastError());
-  return code == cudaSuccess && attributes.sharedSizeBytes > 0;
+status has_many_tokens_sm90(const kernel::product_args<View, Y, Epilogue>&, bool& has) {
+  return is_sm90a_code(kernel::many_tokens_sm90<64, tuning::chunk_columns, 1, View, Y, Epilogue>,
+                       has);
 }
 
 /// A product with the tensor maps that it needs.
@@ -106,8 +97,12 @@ status launch_many_tokens_sm90(cudaStream_t stream,
         return product{{}, {}, layers[i]};
       },
       layer_numbers<Layers>{});
-  for (product& of_layer : args.of) {
-    if (status s = add_tensor_maps<ring>(of_layer); !s.ok()) return s;
+  for (int i = 0; i < Layers; ++i) {
+    if (status s = add_tensor_maps<ring>(args.of[i]); !s.ok()) return s;
+  }
+  for (int i = Layers; i < count; ++i) {
+    args.of[i].dense_x = args.of[0].dense_x;
+    args.of[i].weak_x = args.of[0].weak_x;
   }
   const index_t clusters = row_blocks_of(layers, rows) * ceil_div(layers[0].tokens, Tokens);
   const index_t most = multiprocessors / cluster;
@@ -142,11 +137,15 @@ status launch_many_tokens_sm90(cudaStream_t stream,
 /// Whether that can be used, and the product is not for kernels that take fewer tokens or spread
 /// the parts of columns over blocks.
 template <class View, class Y, class Epilogue, int Layers>
-bool suits_many_tokens_sm90(const kernel::product_args<View, Y, Epilogue> (&layers)[Layers],
-                            int multiprocessors) {
+status suits_many_tokens_sm90(const kernel::product_args<View, Y, Epilogue> (&layers)[Layers],
+                              int multiprocessors, bool& suits) {
   using tune = tuning::many_tokens_sm90;
-  return tune::suits(row_blocks_of(layers, tune::rows), layers[0].tokens, multiprocessors) &&
-         tensor_map_encoder() != nullptr && has_many_tokens_sm90(layers[0]);
+  suits = false;
+  if (!tune::suits(row_blocks_of(layers, tune::rows), layers[0].tokens, multiprocessors) ||
+      tensor_map_encoder() == nullptr) {
+    return {};
+  }
+  return has_many_tokens_sm90(layers[0], suits);
 }
 
 }  // namespace device::detail

@@ -198,12 +198,14 @@ inline status weak_last(const char* name, const on_stream& exec, index_t size, i
   }
   if (size == 0) return {};
   if (status s = check_array(name, {"source", source}); !s.ok()) return s;
+  if (k > 0) {
+    if (status s = check_array(name, {"weak", weak.data()}); !s.ok()) return s;
+  }
   const selection_space space(exec.workspace.data(), size, scratch);
   const cudaError_t code = cudaMemsetAsync(
       space.is_chosen, 0, static_cast<std::size_t>(size) * sizeof(std::int32_t), exec.stream);
   if (code != cudaSuccess) return qeft::detail::cuda_status(code, name);
-  if (!weak.empty()) {
-    if (status s = check_array(name, {"weak", weak.data()}); !s.ok()) return s;
+  if (k > 0) {
     if (status s = for_each_element(name, exec.stream, k, kernel::mark_listed<std::int32_t>,
                                     weak.data(), k, space.is_chosen);
         !s.ok()) {

@@ -77,8 +77,8 @@ __device__ void prepare_token(const gradient_operands_args<View>& args, int toke
   }
   if constexpr (format::zero == zero_kind::scaled) {
     const int sets = static_cast<int>(layout::fragment::group_sets(args.w.extent()));
-    const int lane = thread % 32;
-    for (int set = thread / 32; set < sets; set += prepare_threads / 32) {
+    const int lane = arch::lane();
+    for (int set = arch::warp(); set < sets; set += prepare_threads / 32) {
       float low = 0.0F;
       float high = 0.0F;
       for (int row = lane / 4; row < rows; row += 16) {
@@ -105,9 +105,9 @@ __device__ void prepare_groups(const gradient_operands_args<View>& args, int set
   const index_t sets = fragment::group_sets(args.w.extent());
   const index_t words = fragment::row_tiles(args.w.extent()) * sets * fragment::lanes;
   const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % 32;
+  const int lane = arch::lane();
   unsigned largest = 0;
-  for (index_t at = (thread / 32 * sets + set) * 32 + lane; at < words;
+  for (index_t at = (arch::warp() * sets + set) * 32 + lane; at < words;
        at += prepare_threads * sets) {
     const std::uint32_t s = reinterpret_cast<const std::uint32_t*>(args.w.scales)[at];
     largest = max(largest, max(s & 0x7fffU, s >> 16U & 0x7fffU));
@@ -116,7 +116,7 @@ __device__ void prepare_groups(const gradient_operands_args<View>& args, int set
     largest = max(largest, __shfl_xor_sync(0xffffffffU, largest, other));
   }
   __shared__ unsigned of_warp[prepare_threads / 32][4];
-  if (lane < 4) of_warp[thread / 32][lane] = largest;
+  if (lane < 4) of_warp[arch::warp()][lane] = largest;
   __syncthreads();
   const int group = 4 * set + thread;
   if (thread >= 4 || group >= args.w.groups) return;

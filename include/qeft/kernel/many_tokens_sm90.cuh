@@ -44,7 +44,7 @@ struct many_tokens_sm90_product {
 
 /// A block takes 128 rows of a layer and Tokens tokens, and then others (tuning::many_tokens_sm90
 /// says which): a thread copies activations, two warpgroups multiply. Code that is not made for
-/// sm_90a only traps, and has no static shared memory: device::detail::has_many_tokens_sm90 tells
+/// sm_90a only traps, and has no static shared memory: device::detail::is_sm90a_code tells
 /// them apart.
 /// @param layers row_blocks are those of a cluster
 template <int Tokens, index_t GroupColumns, int Layers, class View, class Y, class Epilogue>

@@ -8,7 +8,8 @@
 
 namespace qeft::kernel {
 
-/// Y = X W^T, passed by value.
+/// Y = X W^T, passed by value. Of a token's dense and of its weak columns, 16 bytes at a time are
+/// read up to the end: what is behind them there may be anything, but must be readable.
 template <class View, class Y, class Epilogue>
 struct product_args {
   View w;                                     // weak_tail over layout::fragment

@@ -3,7 +3,7 @@
 // layer's shape alone, so that results depend neither on tokens nor on multiprocessors.
 #pragma once
 
-#include "qeft/core/math.hpp"
+#include "qeft/tuning/parts.hpp"
 
 namespace qeft::tuning {
 
@@ -35,7 +35,7 @@ constexpr row_runs make_row_runs(index_t rows) noexcept {
   return {static_cast<int>(ceil_div(rows, each)), static_cast<int>(each)};
 }
 /// Whether a block takes one run only, because too few blocks keep a device busy otherwise.
-constexpr bool gradient_by_runs(index_t blocks) noexcept { return blocks < 128; }
+constexpr bool gradient_by_runs(index_t blocks) noexcept { return blocks < enough_blocks; }
 
 /// What a block of the weak columns' gradient takes: rows of the layer, 16 per warp, and weak
 /// columns, as many.

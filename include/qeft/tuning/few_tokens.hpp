@@ -40,12 +40,14 @@ constexpr int row_tiles_for(index_t row_tiles, int multiprocessors) noexcept {
 
 /// Blocks of a cluster on compute capability 9.0, which get the activations from the second-level
 /// cache together: each by itself asks for as many bytes of them as of a 4-bit layer from about 8
-/// tokens on, and that cache is not twice as fast as DRAM.
+/// tokens on, and that cache is not twice as fast as DRAM. No size has been measured on hardware.
+/// 8 is the most that any such device takes, except for a part of one (MIG) with fewer
+/// multiprocessors.
 /// @param blocks of rows
-constexpr int few_tokens_cluster(index_t blocks) noexcept {
-  if (blocks % 8 == 0) return 8;
-  if (blocks % 4 == 0) return 4;
-  return blocks % 2 == 0 ? 2 : 1;
+constexpr int few_tokens_cluster(index_t blocks, int multiprocessors) noexcept {
+  int cluster = 8;
+  while (blocks % cluster != 0 || cluster > multiprocessors) cluster /= 2;
+  return cluster;
 }
 
 }  // namespace qeft::tuning

@@ -26,8 +26,6 @@ QEFT_HOST_DEVICE constexpr int many_block_tokens(int token_warps) noexcept {
   return token_warps * many_token_tiles * 8;
 }
 
-/// Blocks that keep any device busy.
-inline constexpr index_t enough_blocks = 128;
 /// Whether a block takes one part of the columns only, because there are too few blocks otherwise.
 /// @param row_blocks of many_block_rows rows
 constexpr bool many_by_parts(index_t row_blocks, index_t tokens) noexcept {

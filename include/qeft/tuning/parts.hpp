@@ -6,6 +6,9 @@
 
 namespace qeft::tuning {
 
+/// Blocks that keep any device busy.
+inline constexpr index_t enough_blocks = 128;
+
 /// Columns that a warp multiplies in one round of its loop, and of which parts are a multiple.
 inline constexpr int chunk_columns = 512;
 /// Columns that it adds up on tensor cores at most.

@@ -25,7 +25,7 @@ struct sums {
   /// Stores all of them. @param to of the first token; the next one is `stride` further, its rows
   ///                            are contiguous
   __device__ void store(float* to, int stride) const {
-    const int lane = static_cast<int>(threadIdx.x % 32U);
+    const int lane = arch::lane();
     to += lane % 4 * 2 * stride + lane / 4;
     for (int r = 0; r < RowTiles; ++r) {
       for (int t = 0; t < TokenTiles; ++t) {
@@ -218,7 +218,7 @@ class part_product {
 
    public:
     __device__ code_stream(const part_product& p, int first) {
-      const int lane = static_cast<int>(threadIdx.x % 32U);
+      const int lane = arch::lane();
       for (int r = 0; r < RowTiles; ++r) {
         const int tile =
             p.row_tile_[r] * p.column_tiles_ + static_cast<int>(quotient(first, tile_columns));
@@ -295,7 +295,7 @@ class part_product {
   class weak_stream {
    public:
     __device__ weak_stream(const part_product& p, int first) {
-      const int lane = static_cast<int>(threadIdx.x % 32U);
+      const int lane = arch::lane();
       for (int r = 0; r < RowTiles; ++r) {
         const int step = p.row_tile_[r] * p.weak_steps_ +
                          static_cast<int>(quotient(first, fragment::step_columns));
