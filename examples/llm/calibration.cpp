@@ -2,6 +2,7 @@
 #include "calibration.hpp"
 
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -33,13 +34,16 @@ void embed(const qeft::on_host& exec, const model_source& source, const token_wi
 // ---- layer_inputs -------------------------------------------------------------------------------
 
 layer_inputs::layer_inputs(const qeft::on_host& exec, std::string name, index_t in_channels,
-                           index_t samples, index_t tokens, reader read)
+                           index_t hidden_size, index_t samples, index_t tokens, reader_pair input,
+                           reader_pair stream)
     : exec_(exec),
       name_(std::move(name)),
       in_channels_(in_channels),
+      hidden_size_(hidden_size),
       samples_(samples),
       tokens_(tokens),
-      read_(std::move(read)) {}
+      input_(std::move(input)),
+      stream_(std::move(stream)) {}
 
 const std::vector<double>& layer_inputs::diagonal() const {
   if (diagonal_.empty()) accumulate();
@@ -51,16 +55,66 @@ qeft::span<const float> layer_inputs::hessian() const {
   return hessian_;
 }
 
+qeft::span<const float> layer_inputs::input_mismatch() const {
+  if (diagonal_.empty()) accumulate();
+  return input_mismatch_;
+}
+
+qeft::span<const float> layer_inputs::stream_mismatch() const {
+  if (diagonal_.empty()) accumulate();
+  return stream_mismatch_;
+}
+
+namespace {
+
+/// Sums (original - here) x^T over samples.
+class mismatch_sum {
+ public:
+  mismatch_sum(const qeft::on_host& exec, const reader_pair& read, index_t channels,
+               index_t in_channels, index_t tokens)
+      : exec_(exec), read_(read), size_(tokens * channels), tokens_(tokens) {
+    if (read.original) sum_.emplace(channels, in_channels);
+  }
+
+  /// @param here what the pair reads of the model at work  @param x (tokens, IC)
+  void add(index_t sample, const float* here, const float* x) {
+    if (!sum_) return;
+    const float* original = read_.original(sample);
+    difference_.assign(original, original + size_);
+    for (index_t j = 0; j < size_; ++j) difference_[static_cast<std::size_t>(j)] -= here[j];
+    sum_->add(exec_, difference_.data(), x, tokens_);
+  }
+  qeft::host_buffer<float> finish() && {
+    return sum_ ? std::move(*sum_).finish() : qeft::host_buffer<float>{};
+  }
+
+ private:
+  const qeft::on_host& exec_;
+  const reader_pair& read_;
+  index_t size_;
+  index_t tokens_;
+  std::optional<qeft::solver::cross_accumulator> sum_;
+  std::vector<float> difference_;
+};
+
+}  // namespace
+
 void layer_inputs::accumulate() const {
   qeft::solver::hessian_accumulator sum(in_channels_);
+  mismatch_sum input(exec_, input_, in_channels_, in_channels_, tokens_);
+  mismatch_sum stream(exec_, stream_, hidden_size_, in_channels_, tokens_);
   for (index_t i = 0; i < samples_; ++i) {
-    const float* x = read_(i);
+    const float* x = input_.here(i);
     require_finite_activations(name_, i, x, tokens_, in_channels_);
     sum.add(exec_, x, tokens_);
+    input.add(i, x, x);
+    if (stream_.original) stream.add(i, stream_.here(i), x);
   }
   diagonal_ = sum.diagonal();
   try {
     hessian_ = std::move(sum).finish();
+    input_mismatch_ = std::move(input).finish();
+    stream_mismatch_ = std::move(stream).finish();
   } catch (const qeft::error& e) {
     fail(e.code(), name_ +
                        ": the activations of the model are so large that their squares overflow "
@@ -81,9 +135,19 @@ void require_finite_activations(const std::string& layer, index_t sample, const 
 
 // ---- calibration --------------------------------------------------------------------------------
 
+calibration::activations::activations(const std::filesystem::path& directory,
+                                      const model_config& config, index_t samples, index_t tokens)
+    : streams{{directory / "stream.0", samples, tokens * config.hidden_size},
+              {directory / "stream.1", samples, tokens * config.hidden_size}},
+      middle(directory / "middle", samples, tokens * config.hidden_size),
+      attention(directory / "attention", samples,
+                tokens * shape_of(config, linear_kind::o).in_channels),
+      inner(directory / "inner", samples,
+            tokens * shape_of(config, linear_kind::down).in_channels) {}
+
 calibration::calibration(const qeft::on_host& exec, const model_source& source,
                          const token_windows& windows, const std::filesystem::path& directory,
-                         index_t first)
+                         bool beside, index_t first)
     : exec_(exec),
       source_(source),
       samples_(static_cast<index_t>(windows.size())),
@@ -91,83 +155,143 @@ calibration::calibration(const qeft::on_host& exec, const model_source& source,
       rope_(source.config(), tokens_),
       cache_(source.config().num_key_value_heads, source.config().head_dim, tokens_),
       block_(first),
-      streams_{{directory / "stream.0", samples_, tokens_ * source.config().hidden_size},
-               {directory / "stream.1", samples_, tokens_ * source.config().hidden_size}},
-      attention_(directory / "attention", samples_,
-                 tokens_ * shape_of(source.config(), linear_kind::o).in_channels),
-      inner_(directory / "inner", samples_,
-             tokens_ * shape_of(source.config(), linear_kind::down).in_channels) {
-  if (first == 0) embed(exec, source, windows, streams_[0]);
+      here_(directory, source.config(), samples_, tokens_) {
+  if (beside) {
+    std::filesystem::create_directories(directory / "original");
+    original_.emplace(directory / "original", source.config(), samples_, tokens_);
+  }
+  if (first > 0) return;
+  embed(exec, source, windows, here_.streams[0]);
+  if (original_) embed(exec, source, windows, original_->streams[0]);
 }
+
+/// A block at work on all samples of one model, phase by phase, from file to file.
+class calibration::phases {
+ public:
+  phases(calibration& c, block& b, activations& at)
+      : c_(c),
+        b_(b),
+        before_(at.streams[c.block_ % 2]),
+        middle_(at.middle),
+        after_(at.streams[(c.block_ + 1) % 2]),
+        attention_(at.attention),
+        inner_(at.inner) {}
+
+  // What the linears read, and the stream that o_proj and down_proj add to.
+  sample_reader attention_input() const { return normed(before_, b_.attention_norm); }
+  sample_reader o_input() const { return stored(attention_); }
+  sample_reader o_stream() const { return stored(before_); }
+  sample_reader mlp_input() const { return normed(middle_, b_.mlp_norm); }
+  sample_reader down_input() const { return stored(inner_); }
+  sample_reader down_stream() const { return stored(middle_); }
+
+  void attend() {
+    fill(attention_, attention_input(), [&](const float* x, float* out) {
+      qeft_llm::attend(c_.exec_, c_.source_.config(), c_.rope_, b_, x, c_.tokens_, 0, c_.cache_,
+                       out);
+    });
+  }
+  void add_attention() { add_output(before_, b_.o, attention_, middle_); }
+  void multiply() {
+    fill(inner_, mlp_input(), [&](const float* x, float* out) {
+      mlp_inner(c_.exec_, b_, x, c_.tokens_, out);
+    });
+  }
+  void add_mlp() {
+    add_output(middle_, b_.down, inner_, after_);
+    after_.sync();
+  }
+
+ private:
+  index_t stream_size() const { return c_.tokens_ * c_.source_.config().hidden_size; }
+
+  static sample_reader stored(const sample_store& from) {
+    return [&from, x = std::vector<float>()](index_t i) mutable -> const float* {
+      from.read(i, x);
+      return x.data();
+    };
+  }
+  sample_reader normed(const sample_store& stream, const std::vector<float>& weight) const {
+    return [this, &weight, h = stored(stream),
+            x = std::vector<float>(static_cast<std::size_t>(stream_size()))](
+               index_t i) mutable -> const float* {
+      const model_config& config = c_.source_.config();
+      rms_norm(c_.exec_, h(i), weight.data(), static_cast<float>(config.rms_norm_eps), c_.tokens_,
+               config.hidden_size, x.data());
+      return x.data();
+    };
+  }
+
+  /// to[i] = what compute(x, out) makes of input i
+  template <class Compute>
+  void fill(sample_store& to, const sample_reader& input, const Compute& compute) const {
+    std::vector<float> out(static_cast<std::size_t>(to.sample_size()));
+    for (index_t i = 0; i < c_.samples_; ++i) {
+      compute(input(i), out.data());
+      to.write(i, out);
+    }
+  }
+  /// to[i] = from[i] + w(inputs[i])
+  void add_output(const sample_store& from, const linear& w, const sample_store& inputs,
+                  sample_store& to) const {
+    std::vector<float> h;
+    std::vector<float> x;
+    std::vector<float> y(static_cast<std::size_t>(stream_size()));
+    for (index_t i = 0; i < c_.samples_; ++i) {
+      from.read(i, h);
+      inputs.read(i, x);
+      w.forward(c_.exec_, x.data(), c_.tokens_, y.data());
+      add(c_.exec_, y.data(), stream_size(), h.data());
+      to.write(i, h);
+    }
+  }
+
+  calibration& c_;
+  block& b_;
+  const sample_store& before_;
+  sample_store& middle_;
+  sample_store& after_;
+  sample_store& attention_;
+  sample_store& inner_;
+};
 
 void calibration::run_block(const replace_linear& replace) {
   const model_config& config = source_.config();
-  const index_t hidden = config.hidden_size;
-  const auto epsilon = static_cast<float>(config.rms_norm_eps);
-  const sample_store& before = streams_[block_ % 2];
-  sample_store& after = streams_[(block_ + 1) % 2];
   block b = load_block(exec_, source_, block_);
-
-  std::vector<float> h;  // the stream of a sample
-  std::vector<float> a;  // the input of a linear that writes to it
-  std::vector<float> x(static_cast<std::size_t>(tokens_ * hidden));
-  const auto norm_of = [&](const sample_store& stream, const std::vector<float>& weight) {
-    return [&](index_t i) -> const float* {
-      stream.read(i, h);
-      rms_norm(exec_, h.data(), weight.data(), epsilon, tokens_, hidden, x.data());
-      return x.data();
-    };
-  };
-  const auto stored = [&](const sample_store& inputs) {
-    return [&](index_t i) -> const float* {
-      inputs.read(i, a);
-      return a.data();
-    };
+  std::optional<phases> original;
+  if (original_) {
+    original.emplace(*this, b, *original_);
+    original->attend();
+    original->add_attention();
+    original->multiply();
+    original->add_mlp();
+  }
+  phases here(*this, b, here_);
+  using reader = sample_reader (phases::*)() const;
+  const auto read = [&](reader what) {
+    return reader_pair{(here.*what)(), original ? ((*original).*what)() : sample_reader()};
   };
   /// Linears that share their input.
-  const auto replace_all = [&](std::initializer_list<linear_kind> kinds,
-                               const layer_inputs::reader& read) {
+  const auto replace_all = [&](std::initializer_list<linear_kind> kinds, reader_pair input,
+                               reader_pair stream = {}) {
     const linear_kind first = *kinds.begin();
     const layer_inputs inputs(exec_, linear_name(block_, first),
-                              shape_of(config, first).in_channels, samples_, tokens_, read);
+                              shape_of(config, first).in_channels, config.hidden_size, samples_,
+                              tokens_, std::move(input), std::move(stream));
     for (const linear_kind kind : kinds) {
-      linear_of(b, kind).replace_weight(exec_, replace(block_, kind, inputs));
+      const linear_replacement by = replace(block_, kind, inputs);
+      linear_of(b, kind).replace_weight(exec_, by.weight, by.order);
     }
   };
-  const auto for_each_sample = [&](const auto& body) {
-    for (index_t i = 0; i < samples_; ++i) body(i);
-  };
-  /// to[i] = from[i] + w(inputs[i])
-  const auto add_output = [&](const sample_store& from, const linear& w, const sample_store& inputs,
-                              sample_store& to) {
-    for_each_sample([&](index_t i) {
-      from.read(i, h);
-      inputs.read(i, a);
-      w.forward(exec_, a.data(), tokens_, x.data());
-      add(exec_, x.data(), tokens_ * hidden, h.data());
-      to.write(i, h);
-    });
-  };
-  const auto attention_in = norm_of(before, b.attention_norm);
-  const auto mlp_in = norm_of(after, b.mlp_norm);
 
-  replace_all({linear_kind::q, linear_kind::k, linear_kind::v}, attention_in);
-  for_each_sample([&](index_t i) {
-    a.resize(static_cast<std::size_t>(attention_.sample_size()));
-    attend(exec_, config, rope_, b, attention_in(i), tokens_, 0, cache_, a.data());
-    attention_.write(i, a);
-  });
-  replace_all({linear_kind::o}, stored(attention_));
-  add_output(before, b.o, attention_, after);
-  replace_all({linear_kind::gate, linear_kind::up}, mlp_in);
-  for_each_sample([&](index_t i) {
-    a.resize(static_cast<std::size_t>(inner_.sample_size()));
-    mlp_inner(exec_, b, mlp_in(i), tokens_, a.data());
-    inner_.write(i, a);
-  });
-  replace_all({linear_kind::down}, stored(inner_));
-  add_output(after, b.down, inner_, after);
-  after.sync();
+  replace_all({linear_kind::q, linear_kind::k, linear_kind::v}, read(&phases::attention_input));
+  here.attend();
+  replace_all({linear_kind::o}, read(&phases::o_input), read(&phases::o_stream));
+  here.add_attention();
+  replace_all({linear_kind::gate, linear_kind::up}, read(&phases::mlp_input));
+  here.multiply();
+  replace_all({linear_kind::down}, read(&phases::down_input), read(&phases::down_stream));
+  here.add_mlp();
   ++block_;
 }
 

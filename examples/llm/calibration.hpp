@@ -5,12 +5,14 @@
 
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "llama.hpp"
 #include "qeft/core/host_buffer.hpp"
 #include "qeft/core/on_host.hpp"
+#include "qeft/reorder/permutation.hpp"
 #include "qeft/solver/hessian.hpp"
 #include "sample_store.hpp"
 
@@ -28,15 +30,24 @@ void embed(const qeft::on_host& exec, const model_source& source, const token_wi
 void require_finite_activations(const std::string& linear, qeft::index_t sample, const float* x,
                                 qeft::index_t tokens, qeft::index_t channels);
 
+/// Reads activations of a sample, (tokens, channels). The pointer is valid until the next call.
+using sample_reader = std::function<const float*(qeft::index_t sample)>;
+
+/// Activations of the same place in the model at work and in the original one.
+struct reader_pair {
+  sample_reader here;
+  sample_reader original;  // none where the original model does not run beside
+};
+
 /// The calibration inputs of linears that read the same activations, made when first asked for.
 class layer_inputs {
  public:
-  /// Reads the input of a sample, (tokens, IC). The pointer is valid until the next call.
-  using reader = std::function<const float*(qeft::index_t sample)>;
-
-  /// @param name of the first linear that reads them, for errors
+  /// @param name   of the first linear that reads them, for errors
+  /// @param input  of the linears, (tokens, IC)
+  /// @param stream that their outputs are added to, (tokens, hidden_size); none for most linears
   layer_inputs(const qeft::on_host& exec, std::string name, qeft::index_t in_channels,
-               qeft::index_t samples, qeft::index_t tokens, reader read);
+               qeft::index_t hidden_size, qeft::index_t samples, qeft::index_t tokens,
+               reader_pair input, reader_pair stream = {});
 
   /// (IC), the diagonal of the Hessian.
   /// @throws qeft::error naming the linear when activations are not finite, or their Hessian is not
@@ -44,22 +55,36 @@ class layer_inputs {
   /// (IC, IC), see qeft::solver::hessian_accumulator.
   qeft::span<const float> hessian() const;
 
+  /// D, (IC, IC): 2/T sum (x_original - x) x^T. Empty where the original model does not run beside.
+  qeft::span<const float> input_mismatch() const;
+  /// R, (hidden_size, IC): 2/T sum (h_original - h) x^T over the stream h. Empty for linears that do
+  /// not write to it, and where the original model does not run beside.
+  qeft::span<const float> stream_mismatch() const;
+
  private:
   void accumulate() const;
 
   const qeft::on_host& exec_;
   std::string name_;
   qeft::index_t in_channels_;
+  qeft::index_t hidden_size_;
   qeft::index_t samples_;
   qeft::index_t tokens_;
-  reader read_;
+  reader_pair input_;
+  reader_pair stream_;
   mutable std::vector<double> diagonal_;
   mutable qeft::host_buffer<float> hessian_;
+  mutable qeft::host_buffer<float> input_mismatch_;
+  mutable qeft::host_buffer<float> stream_mismatch_;
 };
 
 /// The weight that is to stand in the place of a linear from now on.
-using replace_linear =
-    std::function<packed_matrix(qeft::index_t block, linear_kind kind, const layer_inputs& inputs)>;
+struct linear_replacement {
+  packed_matrix weight;
+  qeft::permutation order;  // of its columns: input channel order[i] is column i
+};
+using replace_linear = std::function<linear_replacement(qeft::index_t block, linear_kind kind,
+                                                        const layer_inputs& inputs)>;
 
 /// The activations of a calibration on their way through the model. One sample is resident at a
 /// time.
@@ -67,9 +92,10 @@ class calibration {
  public:
   /// @param directory for files of activations. Those that a calibration of the same samples left
   ///                  there are used where it had got to.
+  /// @param beside    run the original model beside, for the mismatches of layer_inputs
   /// @param first     blocks that are finished: run_block must have returned for all below
   calibration(const qeft::on_host& exec, const model_source& source, const token_windows& windows,
-              const std::filesystem::path& directory, qeft::index_t first = 0);
+              const std::filesystem::path& directory, bool beside, qeft::index_t first = 0);
 
   /// Replaces the linears of the next block in the order q k v, o, gate up, down. When it returns,
   /// the block's output is on the disk.
@@ -79,6 +105,20 @@ class calibration {
   qeft::index_t blocks() const noexcept { return block_; }
 
  private:
+  /// What a model has computed of all samples.
+  struct activations {
+    activations(const std::filesystem::path& directory, const model_config& config,
+                qeft::index_t samples, qeft::index_t tokens);
+
+    // The residual stream before and after the block at work, exchanged from block to block: the
+    // first is only read, so that a block can be begun again.
+    sample_store streams[2];
+    sample_store middle;     // the stream between attention and MLP
+    sample_store attention;  // o_proj's input
+    sample_store inner;      // down_proj's input
+  };
+  class phases;
+
   const qeft::on_host& exec_;
   const model_source& source_;
   qeft::index_t samples_;
@@ -86,11 +126,8 @@ class calibration {
   rope_table rope_;
   block_cache cache_;
   qeft::index_t block_;
-  // The residual stream before and after the block at work, exchanged from block to block: the
-  // first is only read, so that a block can be begun again.
-  sample_store streams_[2];
-  sample_store attention_;  // o_proj's input
-  sample_store inner_;      // down_proj's input
+  activations here_;
+  std::optional<activations> original_;
 };
 
 }  // namespace qeft_llm

@@ -135,11 +135,19 @@ linear::linear(const qeft::on_host& exec, const packed_matrix& weight, std::vect
   }
 }
 
-void linear::replace_weight(const qeft::on_host& exec, const packed_matrix& weight) {
+void linear::replace_weight(const qeft::on_host& exec, const packed_matrix& weight,
+                            const qeft::permutation& order) {
   *this = linear(exec, weight, std::move(bias_));
+  if (!order.is_identity()) order_ = order;
 }
 
 void linear::forward(const qeft::on_host& exec, const float* x, index_t tokens, float* y) const {
+  std::vector<float> ordered;
+  if (order_.size() > 0) {
+    ordered.assign(x, x + tokens * in_channels());
+    qeft::permute_columns(order_, qeft::span<float>(ordered), tokens);
+    x = ordered.data();
+  }
   const qeft::status s =
       activations_ == activation_type::int8
           ? qeft::gemm(qeft::cpu::with<qeft::cpu::int8>(exec), weight_, x, tokens, y,

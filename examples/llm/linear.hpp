@@ -9,6 +9,7 @@
 #include "qeft/core/on_host.hpp"
 #include "qeft/io/tensor.hpp"
 #include "qeft/layout/simd_tile.hpp"
+#include "qeft/reorder/permutation.hpp"
 
 namespace qeft_llm {
 
@@ -46,7 +47,9 @@ class linear {
   const qeft::matrix_descriptor& descriptor() const noexcept { return weight_.descriptor(); }
 
   /// Another weight of the same shape; the bias stays.
-  void replace_weight(const qeft::on_host& exec, const packed_matrix& weight);
+  /// @param order of its columns: column i is for input channel order[i]
+  void replace_weight(const qeft::on_host& exec, const packed_matrix& weight,
+                      const qeft::permutation& order);
 
   void set_activations(activation_type type) noexcept { activations_ = type; }
 
@@ -60,6 +63,7 @@ class linear {
  private:
   qeft::quantized_matrix<qeft::layout::simd_tile> weight_;
   std::vector<float> bias_;
+  qeft::permutation order_;  // of the weight's columns; empty: that of the inputs
   activation_type activations_ = activation_type::exact;
 };
 

@@ -71,9 +71,35 @@ void add_run(CLI::App& command, activation_type& activations, bool& json) {
   add_json(command, json);
 }
 
-void add_quantize(CLI::App& command, quantize_options& o, std::string& device) {
+/// What the options are that the command line leaves open.
+enum class preset {
+  paper,     // as the paper's algorithm has it
+  standard,  // the best that is known at the paper's storage
+  small,     // the same with groups for small models
+};
+
+void apply(preset chosen, const CLI::App& command, quantize_options& o) {
+  const auto open = [&](const char* option) { return command.count(option) == 0; };
+  if (chosen == preset::small && open("--group-size")) o.layer.group_size = 64;
+  if (chosen == preset::paper || o.layer.method != layer_method::optq) return;
+  if (open("--order") && o.reorder) o.order = column_order::sensitivity;
+  if (open("--asymmetric")) o.asymmetric = {0.5, 0.5};
+  if (open("--search-weights") && o.layer.search.method == search_method::grid) {
+    o.layer.search.weighted = true;
+    if (open("--norm")) o.layer.search.norm = 2.0;
+  }
+  if (open("--refine")) o.layer.refine_rounds = 1;
+}
+
+void add_quantize(CLI::App& command, quantize_options& o, preset& chosen, std::string& device) {
   add_common(command, o.model, o.threads, device);
   command.add_option("--out", o.out, "directory to write")->required();
+  add_choice<preset>(command, "--preset", chosen,
+                     "algorithm, unless other options say otherwise: the paper's, the best at the "
+                     "same storage, or that for small models (group size 64)",
+                     {{"paper", preset::paper},
+                      {"default", preset::standard},
+                      {"small", preset::small}});
   command.add_option("--calibration", o.calibration, "text file of calibration data");
   command.add_option("--bits", o.layer.bits, "bits per code")
       ->check(CLI::IsMember({2, 3, 4, 8}))
@@ -98,6 +124,19 @@ void add_quantize(CLI::App& command, quantize_options& o, std::string& device) {
       ->capture_default_str();
   command.add_option("--norm", o.layer.search.norm, "p of the grid search's error |w - Q(w)|^p")
       ->capture_default_str();
+  add_choice<bool>(command, "--search-weights", o.layer.search.weighted,
+                   "of the errors in the grid search: equal, or what the solver pays for them",
+                   {{"equal", false}, {"solver", true}});
+  add_choice<column_order>(
+      command, "--order", o.order, "columns as they are, or robust ones by falling sensitivity",
+      {{"natural", column_order::natural}, {"sensitivity", column_order::sensitivity}});
+  command
+      .add_option_function<double>(
+          "--asymmetric", [&o](double a) { o.asymmetric = {a, a}; },
+          "how far a layer makes up for the errors before it, 0 (not at all) to 1")
+      ->check(CLI::Range(0.0, 1.0));
+  command.add_option("--refine", o.layer.refine_rounds, "rounds of refinement after the solver")
+      ->check(CLI::Range(0, 100));
   command
       .add_option("--damping", o.layer.damping.damping,
                   "of the Hessian, as a fraction of its mean diagonal")
@@ -155,8 +194,9 @@ int main(int argc, char** argv) {
   std::string device = "cpu";
 
   quantize_options quantize;
+  preset quantize_preset = preset::standard;
   CLI::App* quantize_command = app.add_subcommand("quantize", "quantise a model");
-  add_quantize(*quantize_command, quantize, device);
+  add_quantize(*quantize_command, quantize, quantize_preset, device);
 
   generate_options generate;
   CLI::App* generate_command = app.add_subcommand("generate", "continue a prompt");
@@ -224,7 +264,10 @@ int main(int argc, char** argv) {
       qeft::fail(qeft::errc::unsupported, "--device cuda is not built in; use --device cpu");
     }
     int result = 0;
-    if (*quantize_command) result = run_quantize(quantize);
+    if (*quantize_command) {
+      apply(quantize_preset, *quantize_command, quantize);
+      result = run_quantize(quantize);
+    }
     if (*generate_command) result = run_generate(generate);
     if (*perplexity_command) result = run_perplexity(perplexity);
     if (*inspect_command) result = run_inspect(inspected, inspect_json);

@@ -17,7 +17,7 @@
 #include "quantized_writer.hpp"
 #include "text_windows.hpp"
 #include "tokenizer.hpp"
-#include "weak_choice.hpp"
+#include "column_choice.hpp"
 #include "work_directory.hpp"
 
 namespace qeft_llm {
@@ -29,8 +29,10 @@ using qeft::index_t;
 using qeft::solver::layer_method;
 
 const char* name_of(layer_method m) { return m == layer_method::optq ? "optq" : "rtn"; }
-const char* name_of(qeft::solver::search_method m) {
-  return m == qeft::solver::search_method::grid ? "grid" : "minmax";
+const char* name_of(const qeft::solver::group_search_options& o) {
+  return o.method == qeft::solver::search_method::minmax ? "minmax"
+         : o.weighted                                    ? "weighted"
+                                                         : "grid";
 }
 const char* name_of(qeft::selection_metric m) {
   return m == qeft::selection_metric::hessian    ? "hessian"
@@ -42,10 +44,13 @@ const char* name_of(qeft::selection_metric m) {
 json describe(const quantize_options& o) {
   json p;
   p["method"] = name_of(o.layer.method);
-  p["search"] = name_of(o.layer.search.method);
+  p["search"] = name_of(o.layer.search);
   p["act_order"] = o.layer.act_order;
   p["static_groups"] = o.layer.static_groups;
   p["reorder"] = o.reorder;
+  if (o.sorts_columns()) p["order"] = "sensitivity";
+  if (o.is_asymmetric()) p["asymmetric"] = {o.asymmetric.input, o.asymmetric.stream};
+  if (o.layer.refine_rounds > 0) p["refine"] = o.layer.refine_rounds;
   if (o.needs_calibration()) {
     p["samples"] = o.samples;
     p["seq_len"] = o.seq_len;
@@ -87,6 +92,7 @@ json fingerprint(const quantize_options& o) {
   f["damping"] = o.layer.damping.damping;
   f["robust_mean"] = o.layer.damping.robust_mean;
   f["weak_columns"] = o.weak_columns;
+  f["weighted"] = o.layer.search.weighted;
   f["o_proj_placement"] = to_string(o.o_proj_placement);
   f["accumulation"] = static_cast<int>(o.accumulation);
   f["compare_rtn"] = o.compare_rtn;
@@ -103,14 +109,14 @@ class quantizer {
         exec_(options.threads),
         source_(options.model),
         config_(source_.config()),
-        weak_(o_, exec_, source_) {}
+        columns_(o_, exec_, source_) {}
 
   void run() {
-    check_options(o_, config_, weak_);
+    check_options(o_, config_, columns_);
     const auto side = side_files(o_.model);
     if (!o_.weak_columns_from.empty()) {
-      weak_.take_from(o_.weak_columns_from);
-      reorder(o_, config_, weak_);  // throws when those of o_proj do not suit its placement
+      columns_.take_from(o_.weak_columns_from);
+      check_heads(config_, columns_);
     }
     qeft::io::atomic_directory out(o_.out, qeft::io::leftovers::reuse);
     out.keep(o_.keep_partial);
@@ -124,10 +130,10 @@ class quantizer {
       windows = draw_windows(text_windows(tok, o_.calibration, o_.seq_len, o_.samples), o_.samples,
                              o_.seed);
     }
-    if (o_.chooses_columns()) choose_columns(windows);
+    if (o_.chooses_ahead()) choose_columns(windows);
     quantize_blocks(windows);
     const auto written =
-        write_quantized_model(out.partial(), o_, source_, weak_, *work_, side, describe(o_));
+        write_quantized_model(out.partial(), o_, source_, columns_, *work_, side, describe(o_));
     done("model");
     work_->remove();
     out.commit();
@@ -140,12 +146,12 @@ class quantizer {
   }
 
   void choose_columns(const token_windows& windows) {
-    if (const auto known = work_->load("weak_columns")) {
-      work_->checked([&] { weak_.restore(*known); });
+    if (const auto known = work_->load("columns")) {
+      work_->checked([&] { columns_.restore(*known); });
       return;
     }
-    weak_.choose_ahead(windows, work_->path());
-    work_->store("weak_columns", weak_.to_json());
+    columns_.choose_ahead(windows, work_->path());
+    work_->store("columns", columns_.to_json());
     done("weak columns");
   }
 
@@ -168,13 +174,16 @@ class quantizer {
     }
     progress bar("quantising", 7 * (config_.num_hidden_layers - finished));
     const auto quantize = [&](index_t l, linear_kind kind, const layer_inputs* inputs) {
-      packed_matrix m = work_->has_linear(linear_name(l, kind)) ? recall(l, kind)
-                                                                : quantize_linear(l, kind, inputs);
+      finished_linear done = work_->has_linear(linear_name(l, kind))
+                                 ? recall(l, kind)
+                                 : quantize_linear(l, kind, inputs);
       bar.advance();
-      return m;
+      return linear_replacement{std::move(done.matrix), std::move(done.order)};
     };
     std::optional<calibration> samples;
-    if (o_.needs_hessian()) samples.emplace(exec_, source_, windows, work_->path(), finished);
+    if (o_.needs_hessian()) {
+      samples.emplace(exec_, source_, windows, work_->path(), o_.is_asymmetric(), finished);
+    }
     for (index_t l = finished; l < config_.num_hidden_layers; ++l) {
       if (samples) {
         samples->run_block([&](index_t block, linear_kind kind, const layer_inputs& inputs) {
@@ -189,28 +198,71 @@ class quantizer {
   }
 
   /// A linear that an earlier run finished.
-  packed_matrix recall(index_t l, linear_kind kind) {
-    packed_matrix m = work_->load_linear(linear_name(l, kind)).matrix;
-    const auto weak = m.weak_index();
-    weak_.set(linear_name(l, kind), {weak.begin(), weak.end()});
-    return m;
+  finished_linear recall(index_t l, linear_kind kind) {
+    const std::string name = linear_name(l, kind);
+    finished_linear done = work_->load_linear(name);
+    column_list weak;
+    for (const std::int32_t i : done.matrix.weak_index()) {
+      weak.push_back(static_cast<std::int32_t>(done.order[i]));
+    }
+    columns_.set(name, std::move(weak), done.order);
+    return done;
+  }
+
+  /// What the solver is given of a linear, with its columns in their order.
+  struct layer_problem {
+    std::vector<float> w;           // (OC, IC)
+    std::vector<float> hessian;     // (IC, IC), or empty
+    qeft::host_buffer<float> mismatch;  // (OC, IC), or empty
+    column_list weak;
+  };
+
+  /// @param inputs null when no Hessian is needed
+  layer_problem problem_of(index_t l, linear_kind kind, const layer_inputs* inputs) {
+    const linear_shape s = shape_of(config_, kind);
+    layer_problem p;
+    p.w = weight_of(source_, l, kind);
+    const column_list& weak = columns_.weak(l, kind, inputs);
+    const qeft::permutation& order = columns_.order(l, kind, inputs);
+    if (inputs != nullptr) {
+      const auto h = inputs->hessian();
+      p.hessian.assign(h.begin(), h.end());
+    }
+    if (o_.is_asymmetric()) {
+      p.mismatch = qeft::solver::output_mismatch(exec_, p.w, s.out_channels, s.in_channels,
+                                                 inputs->input_mismatch(),
+                                                 inputs->stream_mismatch(), o_.asymmetric);
+    }
+    for (const std::int32_t c : weak) {
+      p.weak.push_back(static_cast<std::int32_t>(order.inverse()[c]));
+    }
+    if (order.is_identity()) return p;
+    using values = qeft::span<float>;
+    qeft::permute_columns(order, values(p.w), s.out_channels);
+    if (!p.hessian.empty()) {
+      qeft::permute_columns(order, values(p.hessian), s.in_channels);
+      qeft::permute_rows(order, values(p.hessian), s.in_channels);
+    }
+    if (!p.mismatch.empty()) {
+      qeft::permute_columns(order, values(p.mismatch), s.out_channels);
+    }
+    return p;
   }
 
   /// @param inputs null when no Hessian is needed
-  packed_matrix quantize_linear(index_t l, linear_kind kind, const layer_inputs* inputs) {
+  finished_linear quantize_linear(index_t l, linear_kind kind, const layer_inputs* inputs) {
     const std::string name = linear_name(l, kind);
     const linear_shape s = shape_of(config_, kind);
-    const qeft::span<const float> hessian =
-        inputs == nullptr ? qeft::span<const float>() : inputs->hessian();
-    const std::vector<float> w = weight_of(source_, l, kind);
     finished_linear result;
     try {
-      auto options = options_for(exec_, o_, w, s, weak_.of(l, kind, inputs));
-      const auto solve = [&] {
-        return qeft::solver::quantize_layer(exec_, w, s.out_channels, s.in_channels, hessian,
-                                            options);
+      const layer_problem problem = problem_of(l, kind, inputs);
+      result.order = columns_.order(name);
+      auto options = options_for(exec_, o_, problem.w, s, problem.weak);
+      const auto solve = [&](qeft::span<const float> mismatch) {
+        return qeft::solver::quantize_layer(exec_, problem.w, s.out_channels, s.in_channels,
+                                            problem.hessian, options, mismatch);
       };
-      auto solved = solve();
+      auto solved = solve(problem.mismatch);
       result.matrix = std::move(solved.matrix);
       result.report = report_of(solved.report);
       if (solved.report.damping > o_.layer.damping.damping) {
@@ -223,14 +275,14 @@ class quantizer {
       }
       if (o_.compare_rtn) {
         options.method = layer_method::rtn;
-        result.report["rtn_output_error"] = solve().report.output_error.value();
+        result.report["rtn_output_error"] = solve({}).report.output_error.value();
       }
     } catch (const qeft::error& e) {
       qeft::fail(e.code(), name + ": " + e.what());
     }
     work_->store_linear(name, result);
     done(name);
-    return std::move(result.matrix);
+    return result;
   }
 
   static json report_of(const qeft::solver::layer_report& r) {
@@ -273,7 +325,7 @@ class quantizer {
         layer["zero"] = to_string(d.zero);
         layer["scalar"] = to_string(d.scalar);
         layer["weak"] = to_string(d.weak);
-        layer["weak_columns"] = weak_.of(name);
+        layer["weak_columns"] = columns_.weak(name);
         layer["bits_per_weight"] = qeft::bits_per_weight(d);
         result["layers"].push_back(std::move(layer));
         weights += static_cast<double>(d.out_channels) * static_cast<double>(d.in_channels);
@@ -288,7 +340,7 @@ class quantizer {
   qeft::on_host exec_;
   model_source source_;
   const model_config& config_;
-  weak_choice weak_;
+  column_choice columns_;
   std::optional<work_directory> work_;
 };
 

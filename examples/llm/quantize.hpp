@@ -8,8 +8,15 @@
 
 #include "qeft/reorder/weak_selection.hpp"
 #include "qeft/solver/layer.hpp"
+#include "qeft/solver/target.hpp"
 
 namespace qeft_llm {
+
+/// The order in which the columns of a linear are quantised, and form groups.
+enum class column_order {
+  natural,      // that of the model
+  sensitivity,  // robust columns by falling sensitivity, where Offline Global Reordering is free to
+};
 
 struct quantize_options {
   std::string model;  // directory to read
@@ -21,6 +28,9 @@ struct quantize_options {
   qeft::selection_metric selection = qeft::selection_metric::hessian;
   qeft::accumulation accumulation = qeft::accumulation::top_k;
   bool reorder = true;      // Offline Global Reordering; else every layer has indexed weak columns
+  column_order order = column_order::natural;
+  /// How far layers make up for the error of those before them (METHOD section 9).
+  qeft::solver::asymmetric_options asymmetric;
   std::string calibration;  // text file; empty where no calibration is needed
   qeft::index_t samples = 128;  // windows of seq_len tokens
   qeft::index_t seq_len = 512;
@@ -34,11 +44,16 @@ struct quantize_options {
 
   /// Whether weak columns are chosen, instead of taken over.
   bool chooses_columns() const { return weak_columns > 0 && weak_columns_from.empty(); }
+  /// Whether columns change their order, beside weak ones.
+  bool sorts_columns() const { return reorder && order == column_order::sensitivity; }
+  /// Whether something is chosen before any layer is quantised.
+  bool chooses_ahead() const { return chooses_columns() || sorts_columns(); }
   bool needs_hessian() const {
     return layer.method == qeft::solver::layer_method::optq || compare_rtn ||
-           (chooses_columns() && selection != qeft::selection_metric::gradient);
+           (chooses_ahead() && selection != qeft::selection_metric::gradient);
   }
-  bool needs_calibration() const { return needs_hessian() || chooses_columns(); }
+  bool needs_calibration() const { return needs_hessian() || chooses_ahead(); }
+  bool is_asymmetric() const { return asymmetric.input > 0 || asymmetric.stream > 0; }
 
   /// For tests: called with the name of each step whose result is on the disk.
   std::function<void(const std::string& step)> after_step;

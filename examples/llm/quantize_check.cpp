@@ -34,7 +34,7 @@ void check_range(const tensor_spec& t, const std::vector<float>& values) {
 
 }  // namespace
 
-void check_options(const quantize_options& o, const model_config& config, const weak_choice& weak) {
+void check_options(const quantize_options& o, const model_config& config, const column_choice& weak) {
   if (config.quantization) {
     fail(errc::invalid_argument, "quantize: " + o.model + " is quantised already");
   }
@@ -58,6 +58,13 @@ void check_options(const quantize_options& o, const model_config& config, const 
                  linear_name(0, kind));
     }
     qeft::solver::check(o.layer, s.out_channels, s.in_channels);
+  }
+  qeft::solver::check(o.asymmetric);
+  if (o.is_asymmetric() && o.layer.method != qeft::solver::layer_method::optq) {
+    refuse("--asymmetric", std::to_string(o.asymmetric.input), "0 unless --method is optq");
+  }
+  if (o.order == column_order::sensitivity && !o.reorder) {
+    refuse("--order", "sensitivity", "natural when --reorder is off");
   }
   if (o.o_proj_placement == qeft::weak_kind::per_head && !o.reorder) {
     refuse("--weak-placement", "per_head", "indexed when --reorder is off");

@@ -8,13 +8,13 @@
 
 #include "llama.hpp"
 #include "quantize.hpp"
-#include "weak_choice.hpp"
+#include "column_choice.hpp"
 
 namespace qeft_llm {
 
 /// Throws qeft::error naming an option that breaks its rule for this model, its value and the rule.
 void check_options(const quantize_options& options, const model_config& config,
-                   const weak_choice& weak);
+                   const column_choice& weak);
 
 /// The files beside the tensors that a quantised copy of the model needs and `model` has:
 /// tokenizer, chat template and so on. Throws qeft::error for one that cannot be read.

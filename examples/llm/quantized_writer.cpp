@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "quantized_writer.hpp"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -15,45 +16,81 @@ namespace qeft_llm {
 namespace io = qeft::io;
 using qeft::index_t;
 
+void check_heads(const model_config& config, const column_choice& columns) {
+  if (!columns.per_head(linear_kind::o)) return;
+  const index_t repeats = config.num_attention_heads / config.num_key_value_heads;
+  for (index_t l = 0; l < config.num_hidden_layers; ++l) {
+    const column_list& weak = columns.weak(linear_name(l, linear_kind::o));
+    const auto is_weak = [&](index_t head, index_t channel) {
+      return std::binary_search(weak.begin(), weak.end(), head * config.head_dim + channel);
+    };
+    std::vector<index_t> count(static_cast<std::size_t>(config.num_attention_heads));
+    bool same = true;
+    for (index_t head = 0; head < config.num_attention_heads; ++head) {
+      for (index_t c = 0; c < config.head_dim; ++c) {
+        same = same && is_weak(head, c) == is_weak(head / repeats * repeats, c);
+        count[static_cast<std::size_t>(head)] += is_weak(head, c) ? 1 : 0;
+      }
+    }
+    if (same && count == std::vector<index_t>(count.size(), count[0])) continue;
+    qeft::fail(qeft::errc::invalid_argument,
+               "quantize: --weak-placement per_head needs the same weak columns in all query heads "
+               "of a value head, and equally many in all heads, but those of " +
+                   linear_name(l, linear_kind::o) + " in --weak-columns-from differ");
+  }
+}
+
+namespace {
+
+/// The weak columns of a linear as places in its order.
+column_list weak_places(const column_choice& columns, const std::string& linear) {
+  const qeft::permutation place = columns.order(linear).inverse();
+  column_list places;
+  for (const std::int32_t c : columns.weak(linear)) {
+    places.push_back(static_cast<std::int32_t>(place[c]));
+  }
+  return places;
+}
+
+/// The order of a linear's columns, then weak ones last.
+qeft::permutation stored_order(const column_choice& columns, const std::string& linear) {
+  const qeft::permutation& order = columns.order(linear);
+  return compose(order, qeft::weak_last(order.size(), weak_places(columns, linear)));
+}
+
+/// The order of a block's value channels that puts o_proj's columns in theirs, weak ones last in
+/// each head.
+qeft::permutation value_order(const model_config& config, const column_choice& columns,
+                              index_t block) {
+  const std::string o = linear_name(block, linear_kind::o);
+  const qeft::permutation& order = columns.order(o);
+  const qeft::permutation stored =
+      compose(order, qeft::weak_last_per_head(order.size(), config.num_attention_heads,
+                                              weak_places(columns, o)));
+  // The query heads of a value head share their order: take the first of each group.
+  const index_t repeats = config.num_attention_heads / config.num_key_value_heads;
+  std::vector<std::int32_t> value;
+  for (index_t head = 0; head < config.num_key_value_heads; ++head) {
+    for (index_t c = 0; c < config.head_dim; ++c) {
+      const index_t channel = stored[head * repeats * config.head_dim + c] % config.head_dim;
+      value.push_back(static_cast<std::int32_t>(head * config.head_dim + channel));
+    }
+  }
+  return qeft::permutation(std::move(value));
+}
+
+}  // namespace
+
 qeft::reorder_plan reorder(const quantize_options& o, const model_config& config,
-                           const weak_choice& weak) {
+                           const column_choice& columns) {
   const llama_graph g = describe(config);
   qeft::reorder_plan plan(g.graph);
   if (!o.reorder) return plan;
-  plan.set(g.stream, qeft::weak_last(config.hidden_size, weak.of(linear_name(0, linear_kind::q))));
+  plan.set(g.stream, stored_order(columns, linear_name(0, linear_kind::q)));
   for (index_t l = 0; l < config.num_hidden_layers; ++l) {
     const auto at = static_cast<std::size_t>(l);
-    plan.set(g.mlp[at],
-             qeft::weak_last(config.intermediate_size, weak.of(linear_name(l, linear_kind::down))));
-    if (!weak.per_head(linear_kind::o)) continue;
-    // The query heads of a value head share their weak channels: take the first of each group.
-    const index_t repeats = config.num_attention_heads / config.num_key_value_heads;
-    column_list value;
-    for (const std::int32_t c : weak.of(linear_name(l, linear_kind::o))) {
-      const index_t head = c / config.head_dim;
-      if (head % repeats == 0) {
-        value.push_back(
-            static_cast<std::int32_t>(head / repeats * config.head_dim + c % config.head_dim));
-      }
-    }
-    // What was chosen here is the same in all of them; what another checkpoint has may not be.
-    column_list repeated;
-    for (index_t head = 0; head < config.num_attention_heads; ++head) {
-      for (const std::int32_t c : value) {
-        if (c / config.head_dim == head / repeats) {
-          repeated.push_back(
-              static_cast<std::int32_t>(head * config.head_dim + c % config.head_dim));
-        }
-      }
-    }
-    if (repeated != weak.of(linear_name(l, linear_kind::o))) {
-      qeft::fail(qeft::errc::invalid_argument,
-                 "quantize: --weak-placement per_head needs the same weak columns in all query "
-                 "heads of a value head, but those of " +
-                     linear_name(l, linear_kind::o) + " in --weak-columns-from differ");
-    }
-    plan.set(g.value[at], qeft::weak_last_per_head(config.num_key_value_heads * config.head_dim,
-                                                   config.num_key_value_heads, value));
+    plan.set(g.mlp[at], stored_order(columns, linear_name(l, linear_kind::down)));
+    if (columns.per_head(linear_kind::o)) plan.set(g.value[at], value_order(config, columns, l));
   }
   return plan;
 }
@@ -62,13 +99,13 @@ namespace {
 
 class model_writer {
  public:
-  model_writer(const quantize_options& options, const model_source& source, const weak_choice& weak,
+  model_writer(const quantize_options& options, const model_source& source, const column_choice& columns,
                const work_directory& finished)
       : source_(source),
         config_(source.config()),
-        weak_(weak),
+        columns_(columns),
         finished_(finished),
-        plan_(reorder(options, config_, weak)),
+        plan_(reorder(options, config_, columns)),
         writer_(std::map<std::string, std::string>{{"format", "pt"}}) {}
 
   io::quantization_config write(const std::filesystem::path& directory, nlohmann::json provenance) {
@@ -95,7 +132,7 @@ class model_writer {
     }
     for (const linear_kind kind : all_linears) {
       const std::string name = linear_name(l, kind);
-      add_linear(name, weak_.per_head(kind) ? config_.num_attention_heads : 1);
+      add_linear(name, columns_.per_head(kind) ? config_.num_attention_heads : 1);
       const std::string bias = name + ".bias";
       if (has_bias(config_, kind)) {
         add_vector(bias, bias, shape_of(config_, kind).out_channels);
@@ -105,13 +142,18 @@ class model_writer {
 
   /// @param heads in which the weak columns lie equally
   void add_linear(const std::string& name, index_t heads) {
-    const finished_linear done = finished_.load_linear(name);
-    const qeft::matrix_descriptor d = reordered(name, done.matrix, heads).descriptor();
+    const auto load = [this, name, heads] {
+      finished_linear done = finished_.load_linear(name);
+      done.matrix = reordered(name, std::move(done.matrix), done.order, heads);
+      return done;
+    };
+    const finished_linear done = load();
+    const qeft::matrix_descriptor d = done.matrix.descriptor();
     quantization_.layers[name] = d;
     quantization_.provenance["layers"][name] = done.report;
-    io::add_linear(writer_, name, d, weak_.of(name), [this, name, heads]() -> const packed_matrix& {
+    io::add_linear(writer_, name, d, columns_.weak(name), [this, name, load]() -> const packed_matrix& {
       if (at_work_ != name) {
-        matrix_ = reordered(name, finished_.load_linear(name).matrix, heads);
+        matrix_ = load().matrix;
         at_work_ = name;
       }
       return matrix_;
@@ -121,7 +163,8 @@ class model_writer {
   /// A tensor that is not quantised, which the writer asks for when it is its turn.
   void add_full_precision(const std::string& name) {
     const auto load = [this, name] {
-      return reordered(name, source_.matrix(name, config_.vocab_size, config_.hidden_size));
+      return reordered(name, source_.matrix(name, config_.vocab_size, config_.hidden_size),
+                       qeft::permutation::identity(config_.hidden_size));
     };
     writer_.add(name + ".weight", io::dtype_of(load().descriptor().scalar),
                 {config_.vocab_size, config_.hidden_size},
@@ -150,19 +193,21 @@ class model_writer {
     }
   }
 
-  packed_matrix reordered(const std::string& name, packed_matrix m, index_t heads = 1) const {
+  /// @param order that the columns have already
+  packed_matrix reordered(const std::string& name, packed_matrix m, const qeft::permutation& order,
+                          index_t heads = 1) const {
     if (const auto* rows = plan_.rows(name); rows != nullptr && !rows->is_identity()) {
       m = qeft::permute_rows(*rows, m);
     }
     if (const auto* columns = plan_.columns(name); columns != nullptr && !columns->is_identity()) {
-      m = qeft::permute_columns(*columns, m, heads);
+      m = qeft::permute_columns(compose(order.inverse(), *columns), m, heads);
     }
     return m;
   }
 
   const model_source& source_;
   const model_config& config_;
-  const weak_choice& weak_;
+  const column_choice& columns_;
   const work_directory& finished_;
   qeft::reorder_plan plan_;
   io::safetensors_writer writer_;
@@ -176,12 +221,12 @@ class model_writer {
 
 io::quantization_config write_quantized_model(const std::filesystem::path& directory,
                                               const quantize_options& options,
-                                              const model_source& source, const weak_choice& weak,
+                                              const model_source& source, const column_choice& columns,
                                               const work_directory& finished,
                                               const std::vector<std::filesystem::path>& side_files,
                                               nlohmann::json provenance) {
   auto written =
-      model_writer(options, source, weak, finished).write(directory, std::move(provenance));
+      model_writer(options, source, columns, finished).write(directory, std::move(provenance));
   for (const auto& file : side_files) {
     const std::filesystem::path to = directory / file.lexically_relative(options.model);
     std::filesystem::create_directories(to.parent_path());

@@ -55,7 +55,8 @@ void work_directory::store_linear(const std::string& name, const finished_linear
   description.layers[name] = description.defaults = linear.matrix.descriptor();
   description.provenance = linear.report;
   io::safetensors_writer writer(
-      std::map<std::string, std::string>{{"description", io::to_json(description).dump()}});
+      std::map<std::string, std::string>{{"description", io::to_json(description).dump()},
+                                         {"order", json(linear.order.source()).dump()}});
   const auto weak = linear.matrix.weak_index();
   io::add_linear(writer, name, linear.matrix, {weak.begin(), weak.end()});
   writer.write(file_of(name));
@@ -67,11 +68,15 @@ finished_linear work_directory::load_linear(const std::string& name) const {
   return checked([&] {
     const io::safetensors_reader reader(file_of(name));
     reader.verify_checksum();
-    const json description =
-        io::parse_json(reader.files().front().metadata().at("description"), reader.where());
-    io::quantization_config config = io::quantization_config_from_json(description, reader.where());
-    return finished_linear{io::read_linear(reader, name, config).matrix,
-                           std::move(config.provenance)};
+    const auto stored = [&](const char* what) {
+      return io::parse_json(reader.files().front().metadata().at(what), reader.where());
+    };
+    io::quantization_config config =
+        io::quantization_config_from_json(stored("description"), reader.where());
+    return finished_linear{
+        io::read_linear(reader, name, config).matrix,
+        qeft::permutation(stored("order").get<std::vector<std::int32_t>>()),
+        std::move(config.provenance)};
   });
 }
 

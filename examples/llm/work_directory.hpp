@@ -12,9 +12,10 @@
 
 namespace qeft_llm {
 
-/// A quantised linear: in original coordinates, with indexed weak columns.
+/// A quantised linear: rows as in the original model, weak columns indexed.
 struct finished_linear {
   packed_matrix matrix;
+  qeft::permutation order;  // of its columns: column i is for input channel order[i]
   nlohmann::json report;  // what is known about it, as in the provenance of the checkpoint
 };
 

@@ -48,6 +48,26 @@ inline void check_sensitivity(span<const double> s, index_t k, const char* funct
   }
 }
 
+/// (value_heads * head_dim): the sensitivities of the query heads that read a value head, added up.
+inline std::vector<double> sum_over_query_heads(span<const double> sensitivity, index_t heads,
+                                                index_t value_heads, const char* function) {
+  check_sensitivity(sensitivity, 0, function);
+  if (heads < 1 || value_heads < 1 || heads % value_heads != 0 || sensitivity.size() % heads != 0) {
+    fail(errc::invalid_argument,
+         text(function, ": heads is ", heads, " with value_heads = ", value_heads,
+              ", but heads must be a multiple of value_heads and divide the ", sensitivity.size(),
+              " columns"));
+  }
+  const index_t head_dim = sensitivity.size() / heads;
+  const index_t repeats = heads / value_heads;
+  std::vector<double> shared(static_cast<std::size_t>(value_heads * head_dim));
+  for (index_t j = 0; j < sensitivity.size(); ++j) {
+    const index_t head = j / head_dim / repeats;
+    shared[static_cast<std::size_t>(head * head_dim + j % head_dim)] += sensitivity[j];
+  }
+  return shared;
+}
+
 }  // namespace detail
 
 /// The k columns of greatest sensitivity, in ascending order of column; among equals the lower
@@ -75,25 +95,17 @@ inline std::vector<std::int32_t> top_k(span<const double> sensitivity, index_t k
 inline std::vector<std::int32_t> top_k_per_head(span<const double> sensitivity, index_t heads,
                                                 index_t value_heads, index_t k) {
   detail::check_sensitivity(sensitivity, k, "top_k_per_head");
-  if (heads < 1 || value_heads < 1 || heads % value_heads != 0 || sensitivity.size() % heads != 0 ||
-      k % heads != 0) {
+  const std::vector<double> shared =
+      detail::sum_over_query_heads(sensitivity, heads, value_heads, "top_k_per_head");
+  if (k % heads != 0) {
     fail(errc::invalid_argument,
-         text("top_k_per_head: heads is ", heads, " with value_heads = ", value_heads,
-              ", but heads must be a multiple of value_heads and "
-              "divide both the ",
-              sensitivity.size(), " columns and k = ", k));
+         text("top_k_per_head: k is ", k, ", but must be a multiple of heads = ", heads));
   }
   const index_t head_dim = sensitivity.size() / heads;
   const index_t repeats = heads / value_heads;
   std::vector<std::int32_t> chosen;
   for (index_t v = 0; v < value_heads; ++v) {
-    std::vector<double> shared(static_cast<std::size_t>(head_dim), 0.0);
-    for (index_t r = 0; r < repeats; ++r) {
-      for (index_t c = 0; c < head_dim; ++c) {
-        shared[static_cast<std::size_t>(c)] += sensitivity[(v * repeats + r) * head_dim + c];
-      }
-    }
-    const auto channels = top_k(shared, k / heads);
+    const auto channels = top_k({shared.data() + v * head_dim, head_dim}, k / heads);
     for (index_t r = 0; r < repeats; ++r) {
       for (const std::int32_t c : channels) {
         chosen.push_back(static_cast<std::int32_t>((v * repeats + r) * head_dim + c));
@@ -101,6 +113,44 @@ inline std::vector<std::int32_t> top_k_per_head(span<const double> sensitivity, 
     }
   }
   return chosen;
+}
+
+/// Robust channels by falling sensitivity (equals in order), then the weak ones in order: the order
+/// in which OPTQ loses least, without a gather at inference (METHOD section 9).
+/// @param weak ascending channels
+inline permutation by_sensitivity(span<const double> sensitivity,
+                                  const std::vector<std::int32_t>& weak) {
+  detail::check_sensitivity(sensitivity, 0, "by_sensitivity");
+  std::vector<std::int32_t> order = weak_last(sensitivity.size(), weak).source();
+  std::stable_sort(order.begin(), order.end() - static_cast<std::ptrdiff_t>(weak.size()),
+                   [&](std::int32_t a, std::int32_t b) { return sensitivity[a] > sensitivity[b]; });
+  return permutation(std::move(order));
+}
+
+/// by_sensitivity inside every head, the same in all query heads that read one value head: their
+/// sensitivities add up.
+/// @param sensitivity (heads * head_dim) of o_proj's input columns
+/// @param heads       query heads, a multiple of value_heads
+/// @param weak        as top_k_per_head returns them
+inline permutation by_sensitivity_per_head(span<const double> sensitivity, index_t heads,
+                                           index_t value_heads,
+                                           const std::vector<std::int32_t>& weak) {
+  const std::vector<double> shared =
+      detail::sum_over_query_heads(sensitivity, heads, value_heads, "by_sensitivity_per_head");
+  const index_t head_dim = sensitivity.size() / heads;
+  const index_t repeats = heads / value_heads;
+  std::vector<std::int32_t> order;
+  for (index_t h = 0; h < heads; ++h) {
+    std::vector<std::int32_t> weak_of_head;
+    for (const std::int32_t c : weak) {
+      if (c / head_dim == h) weak_of_head.push_back(static_cast<std::int32_t>(c % head_dim));
+    }
+    const span<const double> of_head(shared.data() + h / repeats * head_dim, head_dim);
+    for (const std::int32_t c : by_sensitivity(of_head, weak_of_head).source()) {
+      order.push_back(static_cast<std::int32_t>(h * head_dim + c));
+    }
+  }
+  return permutation(std::move(order));
 }
 
 /// Which terms of a layer enter the global sum.
