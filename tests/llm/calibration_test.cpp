@@ -2,11 +2,14 @@
 // The order of calibration, what each linear sees in it, and going on with an interrupted one.
 #include "calibration.hpp"
 
+#include <algorithm>
 #include <map>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "column_choice.hpp"
+#include "qeft/reorder/permute_matrix.hpp"
 #include "reference_model.hpp"
 #include "support/catch.hpp"
 #include "support/throws.hpp"
@@ -50,6 +53,68 @@ using hessians = std::map<std::string, std::vector<float>>;
 
 std::vector<float> copy(qeft::span<const float> x) { return {x.begin(), x.end()}; }
 
+/// Another model's linear in the place of this one.
+linear_replacement linear_from(const model_source& source, const std::string& name,
+                               linear_kind kind) {
+  const linear_shape s = shape_of(source.config(), kind);
+  return {source.matrix(name, s.out_channels, s.in_channels),
+          qeft::permutation::identity(s.in_channels)};
+}
+
+/// What a model computes of a window: the inputs of its linears, and the streams that o_proj and
+/// down_proj add to.
+struct trace {
+  std::map<std::string, std::vector<float>> input;
+  std::map<std::string, std::vector<float>> stream;
+};
+trace trace_of(const fs::path& directory, const std::vector<int>& window) {
+  const qeft::on_host exec(1);
+  const model_source source(directory);
+  const model_config& c = source.config();
+  const rope_table rope(c, tokens);
+  block_cache cache(c.num_key_value_heads, c.head_dim, tokens);
+  sample_store store(directory / "trace", 1, tokens * c.hidden_size);
+  embed(exec, source, {window}, store);
+  std::vector<float> h;
+  store.read(0, h);
+  trace t;
+  for (index_t l = 0; l < c.num_hidden_layers; ++l) {
+    const block b = load_block(exec, source, l);
+    t.stream[linear_name(l, linear_kind::o)] = h;
+    std::vector<float> middle = h;
+    block_forward(exec, c, rope, b, tokens, 0, cache, h.data(),
+                  [&](linear_kind kind, const float* x, index_t n) {
+                    t.input[linear_name(l, kind)].assign(x, x + n * shape_of(c, kind).in_channels);
+                    if (kind != linear_kind::o) return;
+                    std::vector<float> y(middle.size());
+                    b.o.forward(exec, x, n, y.data());
+                    for (std::size_t i = 0; i < y.size(); ++i) middle[i] += y[i];
+                  });
+    t.stream[linear_name(l, linear_kind::down)] = middle;
+  }
+  return t;
+}
+
+/// 2/T sum (a - b) x^T in double, (channels of a, channels of x).
+std::vector<double> mismatch(const std::vector<std::vector<float>>& a,
+                             const std::vector<std::vector<float>>& b,
+                             const std::vector<std::vector<float>>& x) {
+  const std::size_t rows = a[0].size() / tokens;
+  const std::size_t cols = x[0].size() / tokens;
+  std::vector<double> sum(rows * cols);
+  for (std::size_t s = 0; s < a.size(); ++s) {
+    for (std::size_t t = 0; t < tokens; ++t) {
+      for (std::size_t i = 0; i < sum.size(); ++i) {
+        const std::size_t row = t * rows + i / cols;
+        sum[i] += 2.0 / static_cast<double>(tokens * static_cast<index_t>(a.size())) *
+                  (static_cast<double>(a[s][row]) - static_cast<double>(b[s][row])) *
+                  static_cast<double>(x[s][t * cols + i % cols]);
+      }
+    }
+  }
+  return sum;
+}
+
 /// The Hessians of a model's linears on all windows.
 hessians of_model(const fs::path& directory) {
   const qeft::on_host exec(1);
@@ -81,7 +146,7 @@ TEST_CASE("each linear sees the inputs that those replaced before it produce") {
     const model_config& c = original.config();
     hessians seen;
     std::vector<std::string> order;
-    calibration samples(exec, original, windows_of(c), models.dir.path());
+    calibration samples(exec, original, windows_of(c), models.dir.path(), false);
     for (index_t l = 0; l < c.num_hidden_layers; ++l) {
       samples.run_block([&](index_t block, linear_kind kind, const layer_inputs& inputs) {
         CHECK(block == l);
@@ -94,8 +159,9 @@ TEST_CASE("each linear sees the inputs that those replaced before it produce") {
           CHECK(inputs.diagonal()[static_cast<std::size_t>(j)] ==
                 Approx(seen[name][static_cast<std::size_t>(j * (n + 1))]));
         }
-        const linear_shape s = shape_of(c, kind);
-        return replacement.matrix(name, s.out_channels, s.in_channels);
+        CHECK(inputs.input_mismatch().empty());
+        CHECK(inputs.stream_mismatch().empty());
+        return linear_from(replacement, name, kind);
       });
       CHECK(samples.blocks() == l + 1);
     }
@@ -117,6 +183,82 @@ TEST_CASE("each linear sees the inputs that those replaced before it produce") {
   }
 }
 
+TEST_CASE("mismatches are those between the original model and the one at work") {
+  for (const json& config : {json::object(), json{{"model_type", "qwen2"}}}) {
+    const halved models(config);
+    const qeft::on_host exec(2);
+    const model_source original(models.dir / "original");
+    const model_source replacement(models.dir / "halved");
+    const auto windows = windows_of(original.config());
+    std::vector<trace> first, second;
+    for (const auto& window : windows) {
+      first.push_back(trace_of(models.dir / "original", window));
+      second.push_back(trace_of(models.dir / "halved", window));
+    }
+    const auto all = [](const std::vector<trace>& of, auto part, const std::string& name) {
+      std::vector<std::vector<float>> samples;
+      for (const trace& t : of) samples.push_back((t.*part).at(name));
+      return samples;
+    };
+    calibration samples(exec, original, windows, models.dir.path(), true);
+    int compared = 0;
+    const auto replace = [&](index_t block, linear_kind kind, const layer_inputs& inputs) {
+      const std::string name = linear_name(block, kind);
+      INFO(name);
+      const auto x = all(second, &trace::input, name);
+      const auto check = [&](qeft::span<const float> seen, auto part) {
+        const auto expected = mismatch(all(first, part, name), all(second, part, name), x);
+        REQUIRE(seen.size() == static_cast<index_t>(expected.size()));
+        const bool same = block == 0 && (reads_stream(kind) ? kind < linear_kind::o
+                                                            : part == &trace::stream &&
+                                                                  kind == linear_kind::o);
+        if (same) {  // nothing was replaced before
+          CHECK(std::all_of(seen.begin(), seen.end(), [](float v) { return v == 0; }));
+        } else {
+          CHECK(worst_error(copy(seen), expected, seen.size()) < 1e-5);
+          ++compared;
+        }
+      };
+      check(inputs.input_mismatch(), &trace::input);
+      if (reads_stream(kind)) {
+        CHECK(inputs.stream_mismatch().empty());
+      } else {
+        check(inputs.stream_mismatch(), &trace::stream);
+      }
+      return linear_from(replacement, name, kind);
+    };
+    samples.run_block(replace);
+    samples.run_block(replace);
+    CHECK(compared == 2 * 9 - 4);
+  }
+}
+
+TEST_CASE("a linear whose columns have another order reads its inputs in that order") {
+  const halved models(json::object());
+  const qeft::on_host exec(2);
+  const model_source original(models.dir / "original");
+  const model_source replacement(models.dir / "halved");
+  hessians seen;
+  calibration samples(exec, original, windows_of(original.config()), models.dir.path(), false);
+  const auto replace = [&](index_t block, linear_kind kind, const layer_inputs& inputs) {
+    const std::string name = linear_name(block, kind);
+    seen[name] = copy(inputs.hessian());
+    linear_replacement by = linear_from(replacement, name, kind);
+    auto source = std::move(by.order).source();
+    std::reverse(source.begin(), source.end());
+    std::rotate(source.begin(), source.begin() + 3, source.end());
+    by.order = qeft::permutation(std::move(source));
+    by.weight = qeft::permute_columns(by.order, by.weight);
+    return by;
+  };
+  samples.run_block(replace);
+  samples.run_block(replace);
+  for (const auto& [name, h] : of_model(models.dir / "halved")) {
+    INFO(name);
+    CHECK(worst_error(seen.at(name), h, static_cast<index_t>(h.size())) < 1e-5);
+  }
+}
+
 TEST_CASE("inputs that nobody asks for are not accumulated, but the samples go on") {
   const halved models(json::object());
   const qeft::on_host exec(2);
@@ -125,14 +267,13 @@ TEST_CASE("inputs that nobody asks for are not accumulated, but the samples go o
   const hessians expected = of_model(models.dir / "halved");
   const auto replace = [&](index_t block, linear_kind kind, const layer_inputs& inputs) {
     const std::string name = linear_name(block, kind);
-    const linear_shape s = shape_of(original.config(), kind);
     if (block == 1) {
       const std::vector<float> h = copy(inputs.hessian());
       CHECK(worst_error(h, expected.at(name), static_cast<index_t>(h.size())) < 1e-5);
     }
-    return replacement.matrix(name, s.out_channels, s.in_channels);
+    return linear_from(replacement, name, kind);
   };
-  calibration samples(exec, original, windows_of(original.config()), models.dir.path());
+  calibration samples(exec, original, windows_of(original.config()), models.dir.path(), false);
   samples.run_block(replace);
   samples.run_block(replace);
 }
@@ -147,16 +288,17 @@ TEST_CASE("an interrupted calibration goes on with the same numbers") {
   // Runs blocks from `first` on; stops before it replaces linear `stop`, counted from 0.
   const auto run = [&](const fs::path& directory, index_t first, int stop) {
     hessians seen;
-    calibration samples(exec, original, windows, directory, first);
+    calibration samples(exec, original, windows, directory, true, first);
     int count = 0;
     try {
       while (samples.blocks() < 2) {
         samples.run_block([&](index_t block, linear_kind kind, const layer_inputs& inputs) {
           if (count++ == stop) throw interruption();
           const std::string name = linear_name(block, kind);
-          const linear_shape s = shape_of(original.config(), kind);
           seen[name] = copy(inputs.hessian());
-          return replacement.matrix(name, s.out_channels, s.in_channels);
+          seen["input " + name] = copy(inputs.input_mismatch());
+          seen["stream " + name] = copy(inputs.stream_mismatch());
+          return linear_from(replacement, name, kind);
         });
       }
     } catch (const interruption&) {
@@ -165,13 +307,13 @@ TEST_CASE("an interrupted calibration goes on with the same numbers") {
   };
   fs::create_directory(models.dir / "whole");
   const hessians whole = run(models.dir / "whole", 0, -1);
-  REQUIRE(whole.size() == 14);
+  REQUIRE(whole.size() == 3 * 14);
   for (int stop = 7; stop < 14; ++stop) {  // in the second block
     const fs::path directory = models.dir / std::to_string(stop);
     fs::create_directory(directory);
     run(directory, 0, stop);
     const hessians rest = run(directory, 1, -1);
-    CHECK(rest.size() == 7);
+    CHECK(rest.size() == 3 * 7);
     for (const auto& [name, h] : rest) CHECK(h == whole.at(name));
   }
 }
@@ -184,11 +326,10 @@ TEST_CASE("activations that are not finite, or overflow when squared, name the l
     write_tensors(dir / "model", model, dtype::f32);
     const qeft::on_host exec(2);
     const model_source source(dir / "model");
-    calibration samples(exec, source, windows_of(source.config()), dir.path());
+    calibration samples(exec, source, windows_of(source.config()), dir.path(), false);
     const auto keep = [&](index_t block, linear_kind kind, const layer_inputs& inputs) {
       inputs.hessian();
-      const linear_shape s = shape_of(source.config(), kind);
-      return source.matrix(linear_name(block, kind), s.out_channels, s.in_channels);
+      return linear_from(source, linear_name(block, kind), kind);
     };
     samples.run_block(keep);
     CHECK(throws_with(qeft::errc::not_finite,
@@ -212,12 +353,15 @@ TEST_CASE("a work directory keeps finished layers for the same quantisation only
   m.write_code(2, 7, 9);
   m.write_weak(1, 1, 0x3c00);
   const json report = {{"output_error", 0.1}, {"damping", 1.0 / 3.0}};
+  auto source = qeft::permutation::identity(40).source();
+  std::reverse(source.begin(), source.end());
+  const qeft::permutation order(std::move(source));
   {
     const work_directory work(parent, fingerprint);
     CHECK_FALSE(work.resumed());
     CHECK_FALSE(work.has_linear("a.b"));
     CHECK_FALSE(work.load("blocks"));
-    work.store_linear("a.b", {m, report});
+    work.store_linear("a.b", {m, order, report});
     work.store("blocks", {{"finished", 3}});
   }
   write_all(parent / "model.safetensors.1.tmp", "half");
@@ -228,6 +372,7 @@ TEST_CASE("a work directory keeps finished layers for the same quantisation only
     REQUIRE(work.has_linear("a.b"));
     const finished_linear back = work.load_linear("a.b");
     CHECK(back.report == report);
+    CHECK(back.order == order);
     CHECK(back.matrix.descriptor() == d);
     CHECK(back.matrix.weak_index() == m.weak_index());
     const auto equal = [](qeft::span<const std::byte> x, qeft::span<const std::byte> y) {

@@ -197,16 +197,50 @@ TEST_CASE("a reordered quantised model computes what the one in original order c
   }
 }
 
+namespace {
+
+/// The permutations that a quantised model was written with.
+qeft::reorder_plan plan_of(const model_source& quantised) {
+  const model_config& config = quantised.config();
+  const llama_graph g = describe(config);
+  qeft::reorder_plan plan(g.graph);
+  const auto set = [&](qeft::space_id id, const std::string& space, index_t size) {
+    plan.set(id, qeft::io::read_permutation(quantised.weights().reader(), space, size));
+  };
+  set(g.stream, "stream", config.hidden_size);
+  for (std::size_t l = 0; l < g.mlp.size(); ++l) {
+    set(g.mlp[l], "mlp." + std::to_string(l), config.intermediate_size);
+    set(g.value[l], "value." + std::to_string(l), config.num_key_value_heads * config.head_dim);
+  }
+  return plan;
+}
+
+}  // namespace
+
 TEST_CASE("every layer was calibrated with the inputs that the quantised model gives it") {
-  for (const json& config : {llama, qwen2}) {
+  struct variant {
+    json config;
+    bool reorder;
+    column_order order;
+    qeft::weak_kind o_proj;
+  };
+  for (const variant& v :
+       {variant{llama, false, column_order::natural, qeft::weak_kind::indexed},
+        variant{qwen2, false, column_order::natural, qeft::weak_kind::indexed},
+        variant{llama, true, column_order::natural, qeft::weak_kind::per_head},
+        variant{llama, true, column_order::sensitivity, qeft::weak_kind::per_head},
+        variant{qwen2, true, column_order::sensitivity, qeft::weak_kind::indexed}}) {
     const temporary_directory dir;
-    write_small_model(dir / "model", config, 4);
+    write_small_model(dir / "model", v.config, 4);
     auto o = tiny_quantization(dir / "model", dir / "out", dir / "text");
-    o.reorder = false;  // original coordinates
+    o.reorder = v.reorder;
+    o.order = v.order;
+    o.o_proj_placement = v.o_proj;
     REQUIRE(run_quantize(o) == 0);
     const qeft::on_host exec(1);
     const model_source original(dir / "model");
     const model_source quantised(dir / "out");
+    const qeft::reorder_plan plan = plan_of(quantised);
     std::map<std::string, qeft::solver::hessian_accumulator> h;
     llama_model model(exec, quantised);
     for (const auto& window : windows_of(o)) {
@@ -225,18 +259,30 @@ TEST_CASE("every layer was calibrated with the inputs that the quantised model g
       for (const linear_kind kind : all_linears) {
         const std::string name = linear_name(l, kind);
         const linear_shape s = shape_of(model.config(), kind);
-        const auto w = original.weights().read(name + ".weight", {s.out_channels, s.in_channels});
+        auto w = original.weights().read(name + ".weight", {s.out_channels, s.in_channels});
+        if (const auto* p = plan.rows(name)) {
+          qeft::permute_rows(*p, qeft::span<float>(w), s.in_channels);
+        }
+        if (const auto* p = plan.columns(name)) {
+          qeft::permute_columns(*p, qeft::span<float>(w), s.out_channels);
+        }
         const packed_matrix q = quantised.matrix(name, s.out_channels, s.in_channels);
         const std::vector<double> diagonal = h.at(name).diagonal();
         const auto hessian = std::move(h.at(name)).finish();
         INFO(name);
         CHECK(layers.at(name).at("output_error").get<double>() ==
               Approx(qeft::solver::measure_error(exec, w, q, hessian).output).epsilon(1e-3));
-        CHECK(q.weak_index() == qeft::top_k(diagonal, o.weak_columns));
+        if (!o.reorder) CHECK(q.weak_index() == qeft::top_k(diagonal, o.weak_columns));
+        // Sorted columns fall in sensitivity; the stream's is a sum over layers.
+        if (o.sorts_columns() && kind == linear_kind::down) {
+          CHECK(std::is_sorted(diagonal.begin(), diagonal.end() - o.weak_columns,
+                               [](double a, double b) { return a > b * (1 + 1e-4); }));
+        }
         ++seen;
       }
     }
     CHECK(seen == 14);
+    CHECK(plan.columns("model.embed_tokens")->is_identity() == !o.reorder);
   }
 }
 
@@ -290,8 +336,12 @@ TEST_CASE("a killed quantisation goes on where it was, to the same bytes") {
   std::vector<quantize_options> variants(4, tiny_quantization(dir / "model", {}, dir / "text"));
   variants[0].o_proj_placement = qeft::weak_kind::per_head;
   variants[0].compare_rtn = true;
+  variants[0].order = column_order::sensitivity;
+  variants[0].asymmetric = {0.5, 0.25};
+  variants[0].layer.refine_rounds = 1;
   variants[1].selection = qeft::selection_metric::gradient;
   variants[1].reorder = false;
+  variants[1].asymmetric = {0.0, 0.5};
   variants[2].layer.method = qeft::solver::layer_method::rtn;
   variants[2].selection = qeft::selection_metric::hessian_perturbation;
   variants[3].layer.method = qeft::solver::layer_method::rtn;
@@ -469,4 +519,34 @@ TEST_CASE("every option of quantisation gives a model that runs") {
   o.selection = qeft::selection_metric::gradient;
   o.accumulation = qeft::accumulation::all_columns;
   CHECK(error_of(o) < 0.277);
+  for (const auto placement : {qeft::weak_kind::indexed, qeft::weak_kind::per_head}) {
+    o = base;
+    o.o_proj_placement = placement;
+    o.order = column_order::sensitivity;
+    CHECK(error_of(o) < 0.277);
+    o.layer.search = {qeft::solver::search_method::grid, 40, 2.0, true};
+    o.layer.refine_rounds = 1;
+    o.asymmetric = {0.5, 0.5};
+    CHECK(error_of(o) < 0.277);
+  }
+}
+
+TEST_CASE("a quantised model does not depend on the number of threads") {
+  const temporary_directory dir;
+  write_small_model(dir / "model", llama, 1);
+  auto o = tiny_quantization(dir / "model", dir / "1", dir / "text");
+  o.order = column_order::sensitivity;
+  o.o_proj_placement = qeft::weak_kind::per_head;
+  o.layer.search.weighted = true;
+  o.layer.refine_rounds = 2;
+  o.asymmetric = {0.5, 0.5};
+  o.threads = 1;
+  REQUIRE(run_quantize(o) == 0);
+  const auto one = files_in(o.out);
+  for (const int threads : {2, 3, 8}) {
+    o.threads = threads;
+    o.out = (dir / std::to_string(threads)).string();
+    REQUIRE(run_quantize(o) == 0);
+    CHECK(files_in(o.out) == one);
+  }
 }

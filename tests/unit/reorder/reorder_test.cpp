@@ -250,6 +250,25 @@ TEST_CASE("top_k_per_head shares channels among the query heads of a value head"
   CHECK_THROWS_AS(qeft::top_k_per_head(s, 4, 3, 4), qeft::error);
 }
 
+TEST_CASE("by_sensitivity sorts robust channels and leaves the weak ones last, in order") {
+  const std::vector<double> s{1, 7, 3, 7, 0, 9};
+  CHECK(qeft::by_sensitivity(s, {}).source() == std::vector<std::int32_t>{5, 1, 3, 2, 0, 4});
+  CHECK(qeft::by_sensitivity(s, {0, 5}).source() == std::vector<std::int32_t>{1, 3, 2, 4, 0, 5});
+  CHECK(qeft::by_sensitivity(s, {0, 1, 2, 3, 4, 5}).is_identity());
+  CHECK_THROWS_WITH(qeft::by_sensitivity(std::vector<double>{1, NAN}, {}), contains("column 1"));
+  CHECK_THROWS_AS(qeft::by_sensitivity(s, {6}), qeft::error);
+}
+
+TEST_CASE("by_sensitivity_per_head sorts all query heads of a value head alike") {
+  // 4 query heads, 2 value heads, head_dim 3; added up: 1 3 2 and 5 1 4.
+  const std::vector<double> s{1, 0, 2, 0, 3, 0, 5, 0, 0, 0, 1, 4};
+  CHECK(qeft::by_sensitivity_per_head(s, 4, 2, {}).source() ==
+        std::vector<std::int32_t>{1, 2, 0, 4, 5, 3, 6, 8, 7, 9, 11, 10});
+  CHECK(qeft::by_sensitivity_per_head(s, 4, 2, {1, 4, 6, 9}).source() ==
+        std::vector<std::int32_t>{2, 0, 1, 5, 3, 4, 8, 7, 6, 11, 10, 9});
+  CHECK_THROWS_WITH(qeft::by_sensitivity_per_head(s, 4, 3, {}), contains("heads is 4"));
+}
+
 TEST_CASE("global selection follows Algorithm 1 and, on request, the published code") {
   const std::vector<double> a{4, 3, 2, 1, 0};
   const std::vector<double> b{0, 2, 3, 4, 1};
