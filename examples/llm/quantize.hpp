@@ -50,6 +50,7 @@ struct quantize_options {
   bool chooses_ahead() const { return chooses_columns() || sorts_columns(); }
   bool needs_hessian() const {
     return layer.method == qeft::solver::layer_method::optq || compare_rtn ||
+           layer.refine_rounds > 0 ||
            (chooses_ahead() && selection != qeft::selection_metric::gradient);
   }
   bool needs_calibration() const { return needs_hessian() || chooses_ahead(); }

@@ -42,6 +42,7 @@ struct layer_options {
   bool act_order = false;  // OPTQ: robust columns by falling H_jj; implies static_groups
   /// Damping by the mean over all columns follows the paper; robust_mean leaves the weak ones out.
   damping_options damping;
+  int refine_rounds = 0;      // after the solver, see refine
   bool measure_error = true;  // fill layer_report::output_error and squared_error
   optq_tuning tuning;
 };
@@ -53,6 +54,7 @@ struct layer_report {
   std::vector<std::int32_t> dead_inputs;  // input columns with H_jj = 0
   double factor_seconds = 0.0;
   double solve_seconds = 0.0;
+  double refine_seconds = 0.0;
   double measure_seconds = 0.0;
 };
 
@@ -87,6 +89,10 @@ inline void check(const layer_options& o, index_t out_channels, index_t in_chann
   validate_weak_index(o.weak_columns, d.weak_columns, in_channels).throw_if_error();
   check(o.search);
   check(o.damping);
+  if (o.refine_rounds < 0) {
+    fail(errc::invalid_argument, text("layer_options: refine_rounds is ", o.refine_rounds,
+                                      ", but must not be negative"));
+  }
   if (o.tuning.block_columns < 1 || o.tuning.tile_rows < 1) {
     fail(errc::invalid_argument,
          text("optq_tuning: block_columns is ", o.tuning.block_columns, " and tile_rows is ",

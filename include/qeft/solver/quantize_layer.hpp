@@ -9,6 +9,7 @@
 #include "qeft/solver/layer.hpp"
 #include "qeft/solver/layer_error.hpp"
 #include "qeft/solver/optq.hpp"
+#include "qeft/solver/refine.hpp"
 #include "qeft/solver/rtn.hpp"
 #include "qeft/solver/target.hpp"
 
@@ -50,7 +51,7 @@ class stopwatch {
 
 }  // namespace detail
 
-/// Quantises W by RTN or OPTQ. The result does not depend on the number of threads and never holds
+/// Quantises W by RTN or OPTQ, and refines what they found as often as the options say. The result does not depend on the number of threads and never holds
 /// NaN or infinity: what is not finite in `w` or `h` is an error that names row and column, a
 /// Hessian that no damping repairs is errc::not_positive_definite, and a group or weak column that
 /// leaves the range of its 16-bit type is errc::not_finite (see choose_scalar).
@@ -62,7 +63,8 @@ class stopwatch {
 /// W + M (H + l I)^-1 instead of W, l being the damping that the factorisation used. The errors in
 /// the report are then those against the target.
 /// @param w (out_channels, in_channels), row-major
-/// @param h (in_channels, in_channels), symmetric; may be empty for layer_method::rtn
+/// @param h (in_channels, in_channels), symmetric; may be empty for layer_method::rtn unless it is
+///          refined
 /// @param mismatch M, (out_channels, in_channels), as output_mismatch returns it; OPTQ only
 inline layer_result quantize_layer(const on_host& exec, span<const float> w, index_t out_channels,
                                    index_t in_channels, span<const float> h,
@@ -89,6 +91,11 @@ inline layer_result quantize_layer(const on_host& exec, span<const float> w, ind
   }
   result.matrix = std::move(builder).finish();
   result.report.solve_seconds = watch.lap();
+  if (options.refine_rounds > 0) {
+    result.matrix =
+        refine(exec, w, h, std::move(result.matrix), options.refine_rounds).matrix;
+    result.report.refine_seconds = watch.lap();
+  }
   if (options.measure_error) {
     const layer_error e = measure_error(exec, w, result.matrix, h);
     if (!h.empty()) result.report.output_error = e.output;
