@@ -275,6 +275,7 @@ class quantizer {
       }
       if (o_.compare_rtn) {
         options.method = layer_method::rtn;
+        options.refine_rounds = 0;
         result.report["rtn_output_error"] = solve({}).report.output_error.value();
       }
     } catch (const qeft::error& e) {

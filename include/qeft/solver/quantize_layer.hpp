@@ -112,6 +112,7 @@ inline std::vector<double> perturbation(const on_host& exec, span<const float> w
                                         layer_options options) {
   options.method = layer_method::rtn;
   options.weak_columns.clear();
+  options.refine_rounds = 0;
   options.measure_error = false;
   const layer_result trial = quantize_layer(exec, w, out_channels, in_channels, {}, options);
   return column_error(exec, w, trial.matrix);
