@@ -78,6 +78,7 @@ inline double relative_row_error(const on_host& exec, span<const float> w, index
                                  layer_options o) {
   o.method = layer_method::rtn;
   o.search.method = search_method::minmax;
+  o.refine_rounds = 0;
   o.measure_error = false;
   const index_t rows = w.size() / in_channels;
   const layer_result trial = quantize_layer(exec, w, rows, in_channels, {}, o);
