@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "calibration.hpp"
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -8,6 +9,7 @@
 
 #include "elementwise.hpp"
 #include "qeft/io/convert.hpp"
+#include "qeft/solver/matrix_ops.hpp"
 
 namespace qeft_llm {
 
@@ -34,12 +36,10 @@ void embed(const qeft::on_host& exec, const model_source& source, const token_wi
 // ---- layer_inputs -------------------------------------------------------------------------------
 
 layer_inputs::layer_inputs(const qeft::on_host& exec, std::string name, index_t in_channels,
-                           index_t hidden_size, index_t samples, index_t tokens, reader_pair input,
-                           reader_pair stream)
+                           index_t samples, index_t tokens, reader_pair input, reader_pair stream)
     : exec_(exec),
       name_(std::move(name)),
       in_channels_(in_channels),
-      hidden_size_(hidden_size),
       samples_(samples),
       tokens_(tokens),
       input_(std::move(input)),
@@ -55,66 +55,83 @@ qeft::span<const float> layer_inputs::hessian() const {
   return hessian_;
 }
 
-qeft::span<const float> layer_inputs::input_mismatch() const {
+qeft::host_buffer<float> layer_inputs::mismatch(
+    qeft::span<const float> w, index_t out_channels,
+    const qeft::solver::asymmetric_options& options) const {
+  if (stream_.original) return mismatch_with_stream(w, out_channels, options);
   if (diagonal_.empty()) accumulate();
-  return input_mismatch_;
-}
-
-qeft::span<const float> layer_inputs::stream_mismatch() const {
-  if (diagonal_.empty()) accumulate();
-  return stream_mismatch_;
+  return qeft::solver::output_mismatch(exec_, w, out_channels, in_channels_, input_mismatch_, {},
+                                       options);
 }
 
 namespace {
 
-/// Sums (original - here) x^T over samples.
-class mismatch_sum {
- public:
-  mismatch_sum(const qeft::on_host& exec, const reader_pair& read, index_t channels,
-               index_t in_channels, index_t tokens)
-      : exec_(exec), read_(read), size_(tokens * channels), tokens_(tokens) {
-    if (read.original) sum_.emplace(channels, in_channels);
-  }
+/// original - here of a sample.
+void read_difference(const reader_pair& read, index_t sample, const float* here,
+                     std::vector<float>& difference) {
+  const float* original = read.original(sample);
+  for (std::size_t i = 0; i < difference.size(); ++i) difference[i] = original[i] - here[i];
+}
 
-  /// @param here what the pair reads of the model at work  @param x (tokens, IC)
-  void add(index_t sample, const float* here, const float* x) {
-    if (!sum_) return;
-    const float* original = read_.original(sample);
-    difference_.assign(original, original + size_);
-    for (index_t j = 0; j < size_; ++j) difference_[static_cast<std::size_t>(j)] -= here[j];
-    sum_->add(exec_, difference_.data(), x, tokens_);
-  }
-  qeft::host_buffer<float> finish() && {
-    return sum_ ? std::move(*sum_).finish() : qeft::host_buffer<float>{};
-  }
-
- private:
-  const qeft::on_host& exec_;
-  const reader_pair& read_;
-  index_t size_;
-  index_t tokens_;
-  std::optional<qeft::solver::cross_accumulator> sum_;
-  std::vector<float> difference_;
-};
+/// e = r h + a x W^T over rows of e, (tokens, OC); h is in its place.
+void add_product(const qeft::on_host& exec, const std::vector<float>& x, qeft::span<const float> w,
+                 index_t out_channels, const qeft::solver::asymmetric_options& options,
+                 std::vector<float>& e) {
+  constexpr index_t tile = 64;
+  const index_t tokens = static_cast<index_t>(e.size()) / out_channels;
+  const index_t in_channels = w.size() / out_channels;
+  exec.parallel_for(qeft::ceil_div(tokens, tile), 1, [&](index_t begin, index_t end) {
+    for (index_t t = begin * tile; t < std::min(end * tile, tokens); t += tile) {
+      using qeft::solver::map_rows;
+      const index_t rows = std::min(tile, tokens - t);
+      auto out = map_rows(e.data() + t * out_channels, rows, out_channels, out_channels);
+      out *= static_cast<float>(options.stream);
+      out.noalias() += static_cast<float>(options.input) *
+                       map_rows(x.data() + t * in_channels, rows, in_channels, in_channels) *
+                       map_rows(w.data(), out_channels, in_channels, in_channels).transpose();
+    }
+  });
+}
 
 }  // namespace
 
+/// The sum as it stands: for a linear alone that costs less than D, whose size is IC^2.
+qeft::host_buffer<float> layer_inputs::mismatch_with_stream(
+    qeft::span<const float> w, index_t out_channels,
+    const qeft::solver::asymmetric_options& options) const {
+  qeft::solver::cross_accumulator sum(out_channels, in_channels_);
+  std::vector<float> dx(static_cast<std::size_t>(tokens_ * in_channels_));
+  std::vector<float> e(static_cast<std::size_t>(tokens_ * out_channels));
+  for (index_t i = 0; i < samples_; ++i) {
+    const float* x = input_.here(i);
+    read_difference(input_, i, x, dx);
+    read_difference(stream_, i, stream_.here(i), e);
+    add_product(exec_, dx, w, out_channels, options, e);
+    sum.add(exec_, e.data(), x, tokens_);
+  }
+  return std::move(sum).finish();
+}
+
 void layer_inputs::accumulate() const {
   qeft::solver::hessian_accumulator sum(in_channels_);
-  mismatch_sum input(exec_, input_, in_channels_, in_channels_, tokens_);
-  mismatch_sum stream(exec_, stream_, hidden_size_, in_channels_, tokens_);
+  std::optional<qeft::solver::cross_accumulator> mismatch;
+  std::vector<float> dx;
+  if (input_.original && !stream_.original) {
+    mismatch.emplace(in_channels_, in_channels_);
+    dx.resize(static_cast<std::size_t>(tokens_ * in_channels_));
+  }
   for (index_t i = 0; i < samples_; ++i) {
     const float* x = input_.here(i);
     require_finite_activations(name_, i, x, tokens_, in_channels_);
     sum.add(exec_, x, tokens_);
-    input.add(i, x, x);
-    if (stream_.original) stream.add(i, stream_.here(i), x);
+    if (!mismatch) continue;
+    read_difference(input_, i, x, dx);
+    mismatch->add(exec_, dx.data(), x, tokens_);
   }
   diagonal_ = sum.diagonal();
   try {
     hessian_ = std::move(sum).finish();
-    input_mismatch_ = std::move(input).finish();
-    stream_mismatch_ = std::move(stream).finish();
+    if (mismatch) input_mismatch_ = std::move(*mismatch).finish();
   } catch (const qeft::error& e) {
     fail(e.code(), name_ +
                        ": the activations of the model are so large that their squares overflow "
@@ -276,8 +293,8 @@ void calibration::run_block(const replace_linear& replace) {
                                reader_pair stream = {}) {
     const linear_kind first = *kinds.begin();
     const layer_inputs inputs(exec_, linear_name(block_, first),
-                              shape_of(config, first).in_channels, config.hidden_size, samples_,
-                              tokens_, std::move(input), std::move(stream));
+                              shape_of(config, first).in_channels, samples_, tokens_,
+                              std::move(input), std::move(stream));
     for (const linear_kind kind : kinds) {
       const linear_replacement by = replace(block_, kind, inputs);
       linear_of(b, kind).replace_weight(exec_, by.weight, by.order);

@@ -14,6 +14,7 @@
 #include "qeft/core/on_host.hpp"
 #include "qeft/reorder/permutation.hpp"
 #include "qeft/solver/hessian.hpp"
+#include "qeft/solver/target.hpp"
 #include "sample_store.hpp"
 
 namespace qeft_llm {
@@ -44,10 +45,11 @@ class layer_inputs {
  public:
   /// @param name   of the first linear that reads them, for errors
   /// @param input  of the linears, (tokens, IC)
-  /// @param stream that their outputs are added to, (tokens, hidden_size); none for most linears
+  /// @param stream that the output is added to, (tokens, OC); none for linears that do not write to
+  ///               it
   layer_inputs(const qeft::on_host& exec, std::string name, qeft::index_t in_channels,
-               qeft::index_t hidden_size, qeft::index_t samples, qeft::index_t tokens,
-               reader_pair input, reader_pair stream = {});
+               qeft::index_t samples, qeft::index_t tokens, reader_pair input,
+               reader_pair stream = {});
 
   /// (IC), the diagonal of the Hessian.
   /// @throws qeft::error naming the linear when activations are not finite, or their Hessian is not
@@ -55,27 +57,28 @@ class layer_inputs {
   /// (IC, IC), see qeft::solver::hessian_accumulator.
   qeft::span<const float> hessian() const;
 
-  /// D, (IC, IC): 2/T sum (x_original - x) x^T. Empty where the original model does not run beside.
-  qeft::span<const float> input_mismatch() const;
-  /// R, (hidden_size, IC): 2/T sum (h_original - h) x^T over the stream h. Empty for linears that do
-  /// not write to it, and where the original model does not run beside.
-  qeft::span<const float> stream_mismatch() const;
+  /// M = 2/T sum (a W (x_original - x) + r (h_original - h)) x^T of METHOD section 9, (OC, IC), for a
+  /// weight W, (OC, IC): h is the stream, without which r counts as 0. Empty where the original
+  /// model does not run beside.
+  qeft::host_buffer<float> mismatch(qeft::span<const float> w, qeft::index_t out_channels,
+                                    const qeft::solver::asymmetric_options& options) const;
 
  private:
   void accumulate() const;
+  qeft::host_buffer<float> mismatch_with_stream(
+      qeft::span<const float> w, qeft::index_t out_channels,
+      const qeft::solver::asymmetric_options& options) const;
 
   const qeft::on_host& exec_;
   std::string name_;
   qeft::index_t in_channels_;
-  qeft::index_t hidden_size_;
   qeft::index_t samples_;
   qeft::index_t tokens_;
   reader_pair input_;
   reader_pair stream_;
   mutable std::vector<double> diagonal_;
   mutable qeft::host_buffer<float> hessian_;
-  mutable qeft::host_buffer<float> input_mismatch_;
-  mutable qeft::host_buffer<float> stream_mismatch_;
+  mutable qeft::host_buffer<float> input_mismatch_;  // D, shared by linears without a stream
 };
 
 /// The weight that is to stand in the place of a linear from now on.

@@ -229,9 +229,7 @@ class quantizer {
       p.hessian.assign(h.begin(), h.end());
     }
     if (o_.is_asymmetric()) {
-      p.mismatch = qeft::solver::output_mismatch(exec_, p.w, s.out_channels, s.in_channels,
-                                                 inputs->input_mismatch(),
-                                                 inputs->stream_mismatch(), o_.asymmetric);
+      p.mismatch = inputs->mismatch(p.w, s.out_channels, o_.asymmetric);
     }
     for (const std::int32_t c : weak) {
       p.weak.push_back(static_cast<std::int32_t>(order.inverse()[c]));

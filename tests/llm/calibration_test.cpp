@@ -95,20 +95,36 @@ trace trace_of(const fs::path& directory, const std::vector<int>& window) {
   return t;
 }
 
-/// 2/T sum (a - b) x^T in double, (channels of a, channels of x).
-std::vector<double> mismatch(const std::vector<std::vector<float>>& a,
-                             const std::vector<std::vector<float>>& b,
-                             const std::vector<std::vector<float>>& x) {
-  const std::size_t rows = a[0].size() / tokens;
-  const std::size_t cols = x[0].size() / tokens;
-  std::vector<double> sum(rows * cols);
-  for (std::size_t s = 0; s < a.size(); ++s) {
+/// 2/T sum (a W (x1 - x) + r (h1 - h)) x^T in double, (OC, IC); traces with 1 are the original's.
+std::vector<double> mismatch(const std::vector<trace>& original, const std::vector<trace>& here,
+                             const std::string& name, const std::vector<float>& w,
+                             linear_shape shape,
+                             const qeft::solver::asymmetric_options& options) {
+  const auto oc = static_cast<std::size_t>(shape.out_channels);
+  const auto ic = static_cast<std::size_t>(shape.in_channels);
+  std::vector<double> sum(oc * ic);
+  const auto difference = [](const std::vector<float>& a, const std::vector<float>& b,
+                             std::size_t i) {
+    return static_cast<double>(a[i]) - static_cast<double>(b[i]);
+  };
+  for (std::size_t s = 0; s < here.size(); ++s) {
+    const auto& x = here[s].input.at(name);
+    const auto stream = here[s].stream.find(name);
     for (std::size_t t = 0; t < tokens; ++t) {
-      for (std::size_t i = 0; i < sum.size(); ++i) {
-        const std::size_t row = t * rows + i / cols;
-        sum[i] += 2.0 / static_cast<double>(tokens * static_cast<index_t>(a.size())) *
-                  (static_cast<double>(a[s][row]) - static_cast<double>(b[s][row])) *
-                  static_cast<double>(x[s][t * cols + i % cols]);
+      for (std::size_t n = 0; n < oc; ++n) {
+        double e = 0;
+        for (std::size_t j = 0; j < ic; ++j) {
+          e += options.input * static_cast<double>(w[n * ic + j]) *
+               difference(original[s].input.at(name), x, t * ic + j);
+        }
+        if (stream != here[s].stream.end()) {
+          e += options.stream *
+               difference(original[s].stream.at(name), stream->second, t * oc + n);
+        }
+        for (std::size_t j = 0; j < ic; ++j) {
+          sum[n * ic + j] += 2 * e * static_cast<double>(x[t * ic + j]) /
+                             static_cast<double>(tokens * static_cast<index_t>(here.size()));
+        }
       }
     }
   }
@@ -159,8 +175,9 @@ TEST_CASE("each linear sees the inputs that those replaced before it produce") {
           CHECK(inputs.diagonal()[static_cast<std::size_t>(j)] ==
                 Approx(seen[name][static_cast<std::size_t>(j * (n + 1))]));
         }
-        CHECK(inputs.input_mismatch().empty());
-        CHECK(inputs.stream_mismatch().empty());
+        CHECK(inputs.mismatch(weight_of(original, block, kind), shape_of(c, kind).out_channels,
+                              {0.5, 0.5})
+                  .empty());
         return linear_from(replacement, name, kind);
       });
       CHECK(samples.blocks() == l + 1);
@@ -195,41 +212,28 @@ TEST_CASE("mismatches are those between the original model and the one at work")
       first.push_back(trace_of(models.dir / "original", window));
       second.push_back(trace_of(models.dir / "halved", window));
     }
-    const auto all = [](const std::vector<trace>& of, auto part, const std::string& name) {
-      std::vector<std::vector<float>> samples;
-      for (const trace& t : of) samples.push_back((t.*part).at(name));
-      return samples;
-    };
+    const qeft::solver::asymmetric_options options{0.5, 0.75};
     calibration samples(exec, original, windows, models.dir.path(), true);
     int compared = 0;
     const auto replace = [&](index_t block, linear_kind kind, const layer_inputs& inputs) {
       const std::string name = linear_name(block, kind);
       INFO(name);
-      const auto x = all(second, &trace::input, name);
-      const auto check = [&](qeft::span<const float> seen, auto part) {
-        const auto expected = mismatch(all(first, part, name), all(second, part, name), x);
-        REQUIRE(seen.size() == static_cast<index_t>(expected.size()));
-        const bool same = block == 0 && (reads_stream(kind) ? kind < linear_kind::o
-                                                            : part == &trace::stream &&
-                                                                  kind == linear_kind::o);
-        if (same) {  // nothing was replaced before
-          CHECK(std::all_of(seen.begin(), seen.end(), [](float v) { return v == 0; }));
-        } else {
-          CHECK(worst_error(copy(seen), expected, seen.size()) < 1e-5);
-          ++compared;
-        }
-      };
-      check(inputs.input_mismatch(), &trace::input);
-      if (reads_stream(kind)) {
-        CHECK(inputs.stream_mismatch().empty());
+      const linear_shape s = shape_of(original.config(), kind);
+      const std::vector<float> w = weight_of(original, block, kind);
+      const std::vector<float> seen = copy(inputs.mismatch(w, s.out_channels, options));
+      REQUIRE(seen.size() == w.size());
+      if (block == 0 && kind < linear_kind::o) {  // nothing was replaced before
+        CHECK(std::all_of(seen.begin(), seen.end(), [](float v) { return v == 0; }));
       } else {
-        check(inputs.stream_mismatch(), &trace::stream);
+        const auto expected = mismatch(first, second, name, w, s, options);
+        CHECK(worst_error(seen, expected, static_cast<index_t>(seen.size())) < 1e-5);
+        ++compared;
       }
       return linear_from(replacement, name, kind);
     };
     samples.run_block(replace);
     samples.run_block(replace);
-    CHECK(compared == 2 * 9 - 4);
+    CHECK(compared == 11);
   }
 }
 
@@ -296,8 +300,9 @@ TEST_CASE("an interrupted calibration goes on with the same numbers") {
           if (count++ == stop) throw interruption();
           const std::string name = linear_name(block, kind);
           seen[name] = copy(inputs.hessian());
-          seen["input " + name] = copy(inputs.input_mismatch());
-          seen["stream " + name] = copy(inputs.stream_mismatch());
+          seen["mismatch " + name] = copy(inputs.mismatch(
+              weight_of(original, block, kind), shape_of(original.config(), kind).out_channels,
+              {0.5, 0.25}));
           return linear_from(replacement, name, kind);
         });
       }
@@ -307,13 +312,13 @@ TEST_CASE("an interrupted calibration goes on with the same numbers") {
   };
   fs::create_directory(models.dir / "whole");
   const hessians whole = run(models.dir / "whole", 0, -1);
-  REQUIRE(whole.size() == 3 * 14);
+  REQUIRE(whole.size() == 2 * 14);
   for (int stop = 7; stop < 14; ++stop) {  // in the second block
     const fs::path directory = models.dir / std::to_string(stop);
     fs::create_directory(directory);
     run(directory, 0, stop);
     const hessians rest = run(directory, 1, -1);
-    CHECK(rest.size() == 3 * 7);
+    CHECK(rest.size() == 2 * 7);
     for (const auto& [name, h] : rest) CHECK(h == whole.at(name));
   }
 }
