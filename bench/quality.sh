@@ -103,10 +103,10 @@ rows_of() {
   perplexities "$full" "$model" "$program $weights"
   rows+=("$full")
   for bits in 4 3; do
-    row "RTN-${bits}bit-g128" --preset paper "${rtn[@]}" --bits $bits
-    row "OPTQ-${bits}bit-g128" --preset paper "${optq[@]}" --bits $bits
-    row "OWQ-${bits}bit-per-channel-k16" --preset paper "${owq[@]}" --bits $bits
-    row "QEFT-paper-${bits}bit-g128-k16" --preset paper --act-order --bits $bits
+    row "RTN-${bits}bit-g128" "${rtn[@]}" --bits $bits
+    row "OPTQ-${bits}bit-g128" "${optq[@]}" --bits $bits
+    row "OWQ-${bits}bit-per-channel-k16" "${owq[@]}" --bits $bits
+    row "QEFT-paper-${bits}bit-g128-k16" "${paper[@]}" --bits $bits
     row "QEFT-default-${bits}bit-g128-k16" --preset default --bits $bits
     row "QEFT-small-${bits}bit-g64-k16" --preset small --bits $bits
   done

@@ -62,17 +62,20 @@ evaluate "FP16" "$model"
 quantise "RTN-4bit-g128" "${rtn[@]}"
 quantise "OPTQ-4bit-g128" "${optq[@]}"
 quantise "OWQ-4bit-per-channel-k16" "${owq[@]}"
-quantise "QEFT-4bit-g128-k16" --act-order
+quantise "QEFT-4bit-paper" "${paper[@]}"
+quantise "QEFT-4bit-default"
+quantise "QEFT-4bit-small" --preset small
 quantise "RTN-3bit-g128" "${rtn[@]}" --bits 3
 quantise "OPTQ-3bit-g128" "${optq[@]}" --bits 3
-quantise "QEFT-3bit-g128-k16" --act-order --bits 3
+quantise "QEFT-3bit-paper" "${paper[@]}" --bits 3
+quantise "QEFT-3bit-default" --bits 3
 
 step "Result"
 printf "$row\n" model perplexity change MiB bits/w tokens/s
 printf '%s\n' "${rows[@]}"
 printf '\nQEFT, 4 bits, answers "%s":\n' "$prompt"
 answer() {
-  "$llm" generate --model "$work/models/QEFT-4bit-g128-k16" --prompt "$prompt" --max-tokens 96 \
+  "$llm" generate --model "$work/models/QEFT-4bit-default" --prompt "$prompt" --max-tokens 96 \
     --temperature 0 --threads "$threads" "$@" 2>"$work/answer.log"
 }
 # A model without the tokens of a chat continues the prompt instead.

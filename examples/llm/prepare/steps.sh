@@ -40,7 +40,9 @@ prepare_inputs() {
   fi
 }
 
-# What QEFT is compared with, as options of `qeft-llm quantize`; with weak columns there are 16.
-rtn=(--act-order --method rtn --weak-columns 0 --search minmax)
-optq=(--act-order --weak-columns 0)
-owq=(--act-order --group-size -1 --reorder off --selection hessian_perturbation)
+# QEFT as in the paper and what it is compared with, as options of `qeft-llm quantize`; with weak
+# columns there are 16.
+paper=(--preset paper --act-order)
+rtn=("${paper[@]}" --method rtn --weak-columns 0 --search minmax)
+optq=("${paper[@]}" --weak-columns 0)
+owq=("${paper[@]}" --group-size -1 --reorder off --selection hessian_perturbation)
