@@ -106,14 +106,14 @@ const qeft::permutation& column_choice::order(index_t block, linear_kind kind,
 }
 
 nlohmann::json column_choice::to_json() const {
-  nlohmann::json known = {{"weak", weak_}};
+  nlohmann::json known = {{"weak", weak_}, {"order", nlohmann::json::object()}};
   for (const auto& [name, order] : order_) known["order"][name] = order.source();
   return known;
 }
 
 void column_choice::restore(const nlohmann::json& known) {
   weak_ = known.at("weak").get<std::map<std::string, column_list>>();
-  for (const auto& [name, order] : known.value("order", nlohmann::json::object()).items()) {
+  for (const auto& [name, order] : known.at("order").items()) {
     order_[name] = qeft::permutation(order.get<std::vector<std::int32_t>>());
   }
 }

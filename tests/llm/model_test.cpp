@@ -523,11 +523,22 @@ TEST_CASE("every option of quantisation gives a model that runs") {
     o = base;
     o.o_proj_placement = placement;
     o.order = column_order::sensitivity;
-    CHECK(error_of(o) < 0.277);
+    CHECK(error_of(o) < 0.335);
+    // The weak columns of that model again: the same bytes, but for what is not chosen.
+    const std::string first = (dir / std::to_string(count - 1)).string();
+    o.weak_columns_from = first;
+    o.out = (dir / "again").string();
+    REQUIRE(run_quantize(o) == 0);
+    CHECK(read_all(fs::path(o.out) / "model.safetensors") ==
+          read_all(fs::path(first) / "model.safetensors"));
+    fs::remove_all(o.out);
+    o.weak_columns_from.clear();
     o.layer.search = {qeft::solver::search_method::grid, 40, 2.0, true};
+    CHECK(error_of(o) < 0.28);
     o.layer.refine_rounds = 1;
+    CHECK(error_of(o) < 0.282);
     o.asymmetric = {0.5, 0.5};
-    CHECK(error_of(o) < 0.277);
+    CHECK(error_of(o) < 0.318);
   }
 }
 
