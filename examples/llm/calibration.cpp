@@ -210,9 +210,8 @@ class calibration::phases {
   }
   void add_attention() { add_output(before_, b_.o, attention_, middle_); }
   void multiply() {
-    fill(inner_, mlp_input(), [&](const float* x, float* out) {
-      mlp_inner(c_.exec_, b_, x, c_.tokens_, out);
-    });
+    fill(inner_, mlp_input(),
+         [&](const float* x, float* out) { mlp_inner(c_.exec_, b_, x, c_.tokens_, out); });
   }
   void add_mlp() {
     add_output(middle_, b_.down, inner_, after_);

@@ -35,7 +35,7 @@ qeft::solver::layer_options options_for(const qeft::on_host& exec, const quantiz
 }
 
 column_choice::column_choice(const quantize_options& options, const qeft::on_host& exec,
-                         const model_source& source)
+                             const model_source& source)
     : o_(options), exec_(exec), source_(source), config_(source.config()) {}
 
 bool column_choice::per_head(linear_kind kind) const {
@@ -77,7 +77,7 @@ void column_choice::take_from(const std::filesystem::path& checkpoint) {
 }
 
 void column_choice::choose_ahead(const token_windows& windows,
-                               const std::filesystem::path& directory) {
+                                 const std::filesystem::path& directory) {
   if (o_.selection == selection_metric::gradient) {
     choose_by_gradient(windows);
   } else if (o_.reorder) {
@@ -100,9 +100,9 @@ const qeft::permutation& column_choice::order(index_t block, linear_kind kind,
   const std::string name = linear_name(block, kind);
   const auto found = order_.find(name);
   if (found != order_.end()) return found->second;
-  return order_[name] = sorts(kind) ? sorted(kind, by_hessian(block, kind, inputs->diagonal()),
-                                             weak_.at(name))
-                                    : qeft::permutation::identity(shape_of(config_, kind).in_channels);
+  return order_[name] =
+             sorts(kind) ? sorted(kind, by_hessian(block, kind, inputs->diagonal()), weak_.at(name))
+                         : qeft::permutation::identity(shape_of(config_, kind).in_channels);
 }
 
 nlohmann::json column_choice::to_json() const {
@@ -120,7 +120,7 @@ void column_choice::restore(const nlohmann::json& known) {
 
 /// The sensitivity of a linear's input columns by one of the metrics that the Hessian is part of.
 std::vector<double> column_choice::by_hessian(index_t block, linear_kind kind,
-                                            const std::vector<double>& diagonal) const {
+                                              const std::vector<double>& diagonal) const {
   if (o_.selection == selection_metric::hessian) return diagonal;
   const linear_shape s = shape_of(config_, kind);
   const std::vector<float> w = weight_of(source_, block, kind);
@@ -137,10 +137,9 @@ column_list column_choice::top(linear_kind kind, const std::vector<double>& sens
 
 qeft::permutation column_choice::sorted(linear_kind kind, const std::vector<double>& sensitivity,
                                         const column_list& weak) const {
-  return per_head(kind)
-             ? qeft::by_sensitivity_per_head(sensitivity, config_.num_attention_heads,
-                                             config_.num_key_value_heads, weak)
-             : qeft::by_sensitivity(sensitivity, weak);
+  return per_head(kind) ? qeft::by_sensitivity_per_head(sensitivity, config_.num_attention_heads,
+                                                        config_.num_key_value_heads, weak)
+                        : qeft::by_sensitivity(sensitivity, weak);
 }
 
 /// The sensitivity of the residual stream's channels over all linears that read it.
@@ -195,7 +194,7 @@ void column_choice::choose_by_gradient(const token_windows& windows) {
 }
 
 void column_choice::choose_stream_by_hessian(const token_windows& windows,
-                                           const std::filesystem::path& directory) {
+                                             const std::filesystem::path& directory) {
   const auto samples = static_cast<index_t>(windows.size());
   const auto tokens = static_cast<index_t>(windows.at(0).size());
   const rope_table rope(config_, tokens);

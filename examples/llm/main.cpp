@@ -94,12 +94,11 @@ void apply(preset chosen, const CLI::App& command, quantize_options& o) {
 void add_quantize(CLI::App& command, quantize_options& o, preset& chosen, std::string& device) {
   add_common(command, o.model, o.threads, device);
   command.add_option("--out", o.out, "directory to write")->required();
-  add_choice<preset>(command, "--preset", chosen,
-                     "algorithm, unless other options say otherwise: the paper's, the best at the "
-                     "same storage, or that for small models (group size 64)",
-                     {{"paper", preset::paper},
-                      {"default", preset::standard},
-                      {"small", preset::small}});
+  add_choice<preset>(
+      command, "--preset", chosen,
+      "algorithm, unless other options say otherwise: the paper's, the best at the "
+      "same storage, or that for small models (group size 64)",
+      {{"paper", preset::paper}, {"default", preset::standard}, {"small", preset::small}});
   command.add_option("--calibration", o.calibration, "text file of calibration data");
   command.add_option("--bits", o.layer.bits, "bits per code")
       ->check(CLI::IsMember({2, 3, 4, 8}))
@@ -132,7 +131,10 @@ void add_quantize(CLI::App& command, quantize_options& o, preset& chosen, std::s
       {{"natural", column_order::natural}, {"sensitivity", column_order::sensitivity}});
   command
       .add_option_function<double>(
-          "--asymmetric", [&o](double a) { o.asymmetric = {a, a}; },
+          "--asymmetric",
+          [&o](double a) {
+            o.asymmetric = {a, a};
+          },
           "how far a layer makes up for the errors before it, 0 (not at all) to 1")
       ->check(CLI::Range(0.0, 1.0));
   command.add_option("--refine", o.layer.refine_rounds, "rounds of refinement after the solver")

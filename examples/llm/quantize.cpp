@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "calibration.hpp"
+#include "column_choice.hpp"
 #include "llama.hpp"
 #include "progress.hpp"
 #include "qeft/core/version.hpp"
@@ -17,7 +18,6 @@
 #include "quantized_writer.hpp"
 #include "text_windows.hpp"
 #include "tokenizer.hpp"
-#include "column_choice.hpp"
 #include "work_directory.hpp"
 
 namespace qeft_llm {
@@ -211,8 +211,8 @@ class quantizer {
 
   /// What the solver is given of a linear, with its columns in their order.
   struct layer_problem {
-    std::vector<float> w;           // (OC, IC)
-    std::vector<float> hessian;     // (IC, IC), or empty
+    std::vector<float> w;               // (OC, IC)
+    std::vector<float> hessian;         // (IC, IC), or empty
     qeft::host_buffer<float> mismatch;  // (OC, IC), or empty
     column_list weak;
   };

@@ -27,11 +27,11 @@ struct quantize_options {
   qeft::weak_kind o_proj_placement = qeft::weak_kind::indexed;  // or per_head
   qeft::selection_metric selection = qeft::selection_metric::hessian;
   qeft::accumulation accumulation = qeft::accumulation::top_k;
-  bool reorder = true;      // Offline Global Reordering; else every layer has indexed weak columns
+  bool reorder = true;  // Offline Global Reordering; else every layer has indexed weak columns
   column_order order = column_order::natural;
   /// How far layers make up for the error of those before them (METHOD section 9).
   qeft::solver::asymmetric_options asymmetric;
-  std::string calibration;  // text file; empty where no calibration is needed
+  std::string calibration;      // text file; empty where no calibration is needed
   qeft::index_t samples = 128;  // windows of seq_len tokens
   qeft::index_t seq_len = 512;
   /// QEFT checkpoint whose weak columns, and their number, are reused; empty for none.

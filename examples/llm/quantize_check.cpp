@@ -34,7 +34,8 @@ void check_range(const tensor_spec& t, const std::vector<float>& values) {
 
 }  // namespace
 
-void check_options(const quantize_options& o, const model_config& config, const column_choice& weak) {
+void check_options(const quantize_options& o, const model_config& config,
+                   const column_choice& weak) {
   if (config.quantization) {
     fail(errc::invalid_argument, "quantize: " + o.model + " is quantised already");
   }

@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
+#include "column_choice.hpp"
 #include "llama.hpp"
 #include "quantize.hpp"
-#include "column_choice.hpp"
 
 namespace qeft_llm {
 

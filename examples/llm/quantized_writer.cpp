@@ -64,9 +64,9 @@ qeft::permutation value_order(const model_config& config, const column_choice& c
                               index_t block) {
   const std::string o = linear_name(block, linear_kind::o);
   const qeft::permutation& order = columns.order(o);
-  const qeft::permutation stored =
-      compose(order, qeft::weak_last_per_head(order.size(), config.num_attention_heads,
-                                              weak_places(columns, o)));
+  const qeft::permutation stored = compose(
+      order,
+      qeft::weak_last_per_head(order.size(), config.num_attention_heads, weak_places(columns, o)));
   // The query heads of a value head share their order: take the first of each group.
   const index_t repeats = config.num_attention_heads / config.num_key_value_heads;
   std::vector<std::int32_t> value;
@@ -99,8 +99,8 @@ namespace {
 
 class model_writer {
  public:
-  model_writer(const quantize_options& options, const model_source& source, const column_choice& columns,
-               const work_directory& finished)
+  model_writer(const quantize_options& options, const model_source& source,
+               const column_choice& columns, const work_directory& finished)
       : source_(source),
         config_(source.config()),
         columns_(columns),
@@ -151,13 +151,14 @@ class model_writer {
     const qeft::matrix_descriptor d = done.matrix.descriptor();
     quantization_.layers[name] = d;
     quantization_.provenance["layers"][name] = done.report;
-    io::add_linear(writer_, name, d, columns_.weak(name), [this, name, load]() -> const packed_matrix& {
-      if (at_work_ != name) {
-        matrix_ = load().matrix;
-        at_work_ = name;
-      }
-      return matrix_;
-    });
+    io::add_linear(writer_, name, d, columns_.weak(name),
+                   [this, name, load]() -> const packed_matrix& {
+                     if (at_work_ != name) {
+                       matrix_ = load().matrix;
+                       at_work_ = name;
+                     }
+                     return matrix_;
+                   });
   }
 
   /// A tensor that is not quantised, which the writer asks for when it is its turn.
@@ -219,12 +220,10 @@ class model_writer {
 
 }  // namespace
 
-io::quantization_config write_quantized_model(const std::filesystem::path& directory,
-                                              const quantize_options& options,
-                                              const model_source& source, const column_choice& columns,
-                                              const work_directory& finished,
-                                              const std::vector<std::filesystem::path>& side_files,
-                                              nlohmann::json provenance) {
+io::quantization_config write_quantized_model(
+    const std::filesystem::path& directory, const quantize_options& options,
+    const model_source& source, const column_choice& columns, const work_directory& finished,
+    const std::vector<std::filesystem::path>& side_files, nlohmann::json provenance) {
   auto written =
       model_writer(options, source, columns, finished).write(directory, std::move(provenance));
   for (const auto& file : side_files) {

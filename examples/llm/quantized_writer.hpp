@@ -6,10 +6,10 @@
 #include <filesystem>
 #include <vector>
 
+#include "column_choice.hpp"
 #include "llama.hpp"
 #include "qeft/io/quantization_config.hpp"
 #include "qeft/reorder/reorder_plan.hpp"
-#include "column_choice.hpp"
 #include "work_directory.hpp"
 
 namespace qeft_llm {

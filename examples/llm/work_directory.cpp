@@ -73,10 +73,9 @@ finished_linear work_directory::load_linear(const std::string& name) const {
     };
     io::quantization_config config =
         io::quantization_config_from_json(stored("description"), reader.where());
-    return finished_linear{
-        io::read_linear(reader, name, config).matrix,
-        qeft::permutation(stored("order").get<std::vector<std::int32_t>>()),
-        std::move(config.provenance)};
+    return finished_linear{io::read_linear(reader, name, config).matrix,
+                           qeft::permutation(stored("order").get<std::vector<std::int32_t>>()),
+                           std::move(config.provenance)};
   });
 }
 

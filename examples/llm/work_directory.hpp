@@ -16,7 +16,7 @@ namespace qeft_llm {
 struct finished_linear {
   packed_matrix matrix;
   qeft::permutation order;  // of its columns: column i is for input channel order[i]
-  nlohmann::json report;  // what is known about it, as in the provenance of the checkpoint
+  nlohmann::json report;    // what is known about it, as in the provenance of the checkpoint
 };
 
 class work_directory {

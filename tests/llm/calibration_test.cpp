@@ -98,8 +98,7 @@ trace trace_of(const fs::path& directory, const std::vector<int>& window) {
 /// 2/T sum (a W (x1 - x) + r (h1 - h)) x^T in double, (OC, IC); traces with 1 are the original's.
 std::vector<double> mismatch(const std::vector<trace>& original, const std::vector<trace>& here,
                              const std::string& name, const std::vector<float>& w,
-                             linear_shape shape,
-                             const qeft::solver::asymmetric_options& options) {
+                             linear_shape shape, const qeft::solver::asymmetric_options& options) {
   const auto oc = static_cast<std::size_t>(shape.out_channels);
   const auto ic = static_cast<std::size_t>(shape.in_channels);
   std::vector<double> sum(oc * ic);
@@ -118,8 +117,7 @@ std::vector<double> mismatch(const std::vector<trace>& original, const std::vect
                difference(original[s].input.at(name), x, t * ic + j);
         }
         if (stream != here[s].stream.end()) {
-          e += options.stream *
-               difference(original[s].stream.at(name), stream->second, t * oc + n);
+          e += options.stream * difference(original[s].stream.at(name), stream->second, t * oc + n);
         }
         for (std::size_t j = 0; j < ic; ++j) {
           sum[n * ic + j] += 2 * e * static_cast<double>(x[t * ic + j]) /
@@ -175,8 +173,9 @@ TEST_CASE("each linear sees the inputs that those replaced before it produce") {
           CHECK(inputs.diagonal()[static_cast<std::size_t>(j)] ==
                 Approx(seen[name][static_cast<std::size_t>(j * (n + 1))]));
         }
-        CHECK(inputs.mismatch(weight_of(original, block, kind), shape_of(c, kind).out_channels,
-                              {0.5, 0.5})
+        CHECK(inputs
+                  .mismatch(weight_of(original, block, kind), shape_of(c, kind).out_channels,
+                            {0.5, 0.5})
                   .empty());
         return linear_from(replacement, name, kind);
       });
@@ -300,9 +299,9 @@ TEST_CASE("an interrupted calibration goes on with the same numbers") {
           if (count++ == stop) throw interruption();
           const std::string name = linear_name(block, kind);
           seen[name] = copy(inputs.hessian());
-          seen["mismatch " + name] = copy(inputs.mismatch(
-              weight_of(original, block, kind), shape_of(original.config(), kind).out_channels,
-              {0.5, 0.25}));
+          seen["mismatch " + name] =
+              copy(inputs.mismatch(weight_of(original, block, kind),
+                                   shape_of(original.config(), kind).out_channels, {0.5, 0.25}));
           return linear_from(replacement, name, kind);
         });
       }

@@ -90,8 +90,8 @@ inline void check(const layer_options& o, index_t out_channels, index_t in_chann
   check(o.search);
   check(o.damping);
   if (o.refine_rounds < 0) {
-    fail(errc::invalid_argument, text("layer_options: refine_rounds is ", o.refine_rounds,
-                                      ", but must not be negative"));
+    fail(errc::invalid_argument,
+         text("layer_options: refine_rounds is ", o.refine_rounds, ", but must not be negative"));
   }
   if (o.tuning.block_columns < 1 || o.tuning.tile_rows < 1) {
     fail(errc::invalid_argument,

@@ -92,8 +92,7 @@ inline layer_result quantize_layer(const on_host& exec, span<const float> w, ind
   result.matrix = std::move(builder).finish();
   result.report.solve_seconds = watch.lap();
   if (options.refine_rounds > 0) {
-    result.matrix =
-        refine(exec, w, h, std::move(result.matrix), options.refine_rounds).matrix;
+    result.matrix = refine(exec, w, h, std::move(result.matrix), options.refine_rounds).matrix;
     result.report.refine_seconds = watch.lap();
   }
   if (options.measure_error) {

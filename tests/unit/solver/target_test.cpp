@@ -351,3 +351,33 @@ TEST_CASE("bad moments and mismatches are errors that name them") {
   CHECK_THROWS_WITH(asymmetric_target(exec, good.w, m, 6, order, factor),
                     qeft_test::contains("U has 1599 elements, but must have 40^2"));
 }
+
+TEST_CASE("a layer is refined towards the target, as its last step") {
+  const on_host exec(2);
+  const problem p = make_problem(48, 96, 17);
+  for (const bool weak : {false, true}) {
+    for (const auto method : {qeft::solver::layer_method::optq, qeft::solver::layer_method::rtn}) {
+      layer_options o;
+      o.method = method;
+      o.group_size = 32;
+      if (weak) o.weak_columns = p.outliers;
+      const bool optq = method == qeft::solver::layer_method::optq;
+      const auto m = optq ? mismatch_of(exec, p, {0.5, 0.5}) : host_buffer<float>{};
+      const layer_result plain = solve(exec, p, o, m);
+      const qeft::span<const float> target = optq ? qeft::span<const float>(plain.target) : p.w;
+      o.refine_rounds = 2;
+      const layer_result refined = solve(exec, p, o, m);
+      CHECK(*refined.report.output_error < 0.99 * *plain.report.output_error);
+      CHECK(same_bytes(refined.matrix,
+                       qeft::solver::refine(exec, target, p.h, plain.matrix, 2).matrix));
+    }
+  }
+  layer_options o;
+  o.method = qeft::solver::layer_method::rtn;
+  o.group_size = 32;
+  o.refine_rounds = 1;
+  CHECK_THROWS_WITH(qeft::solver::quantize_layer(exec, p.w, p.oc, p.ic, {}, o),
+                    qeft_test::contains("the Hessian has 0 elements"));
+  o.refine_rounds = -1;
+  CHECK_THROWS_WITH(solve(exec, p, o, {}), qeft_test::contains("refine_rounds is -1"));
+}
