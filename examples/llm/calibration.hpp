@@ -57,8 +57,8 @@ class layer_inputs {
   /// (IC, IC), see qeft::solver::hessian_accumulator.
   qeft::span<const float> hessian() const;
 
-  /// M = 2/T sum (a W (x_original - x) + r (h_original - h)) x^T of METHOD section 9, (OC, IC), for a
-  /// weight W, (OC, IC): h is the stream, without which r counts as 0. Empty where the original
+  /// M = 2/T sum (a W (x_original - x) + r (h_original - h)) x^T of METHOD section 9, (OC, IC), for
+  /// a weight W, (OC, IC): h is the stream, without which r counts as 0. Empty where the original
   /// model does not run beside.
   qeft::host_buffer<float> mismatch(qeft::span<const float> w, qeft::index_t out_channels,
                                     const qeft::solver::asymmetric_options& options) const;

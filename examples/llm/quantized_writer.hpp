@@ -20,8 +20,8 @@ namespace qeft_llm {
 qeft::reorder_plan reorder(const quantize_options& options, const model_config& config,
                            const column_choice& columns);
 
-/// Throws when o_proj's weak columns are to lie in each head equally, but those that were taken over
-/// from another checkpoint do not.
+/// Throws when o_proj's weak columns are to lie in each head equally, but those that were taken
+/// over from another checkpoint do not.
 void check_heads(const model_config& config, const column_choice& columns);
 
 /// Writes model.safetensors (or shards), config.json and copies of `side_files` to `directory`.

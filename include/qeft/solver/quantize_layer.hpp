@@ -51,10 +51,11 @@ class stopwatch {
 
 }  // namespace detail
 
-/// Quantises W by RTN or OPTQ, and refines what they found as often as the options say. The result does not depend on the number of threads and never holds
-/// NaN or infinity: what is not finite in `w` or `h` is an error that names row and column, a
-/// Hessian that no damping repairs is errc::not_positive_definite, and a group or weak column that
-/// leaves the range of its 16-bit type is errc::not_finite (see choose_scalar).
+/// Quantises W by RTN or OPTQ, then refines it as often as the options say. The result does not
+/// depend on the number of threads and never holds NaN or infinity: what is not finite in `w` or
+/// `h` is an error that names row and column, a Hessian that no damping repairs is
+/// errc::not_positive_definite, and a group or weak column that leaves the range of its 16-bit type
+/// is errc::not_finite (see choose_scalar).
 ///
 /// OPTQ sets robust columns of dead inputs (H_jj = 0) to zero; RTN and weak columns keep them. With
 /// a Hessian of zeros OPTQ equals RTN.
