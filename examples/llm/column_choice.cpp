@@ -17,6 +17,13 @@ using qeft::fail;
 using qeft::index_t;
 using qeft::selection_metric;
 
+column_list places_of(const column_list& columns, const qeft::permutation& order) {
+  const qeft::permutation place = order.inverse();
+  column_list places;
+  for (const std::int32_t c : columns) places.push_back(static_cast<std::int32_t>(place[c]));
+  return places;
+}
+
 bool reads_stream(linear_kind kind) { return kind != linear_kind::o && kind != linear_kind::down; }
 
 std::vector<float> weight_of(const model_source& source, index_t block, linear_kind kind) {

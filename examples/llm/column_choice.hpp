@@ -21,6 +21,9 @@ namespace qeft_llm {
 /// Ascending input columns, in the coordinates of the original model.
 using column_list = std::vector<std::int32_t>;
 
+/// The places of columns in an order, ascending if the order keeps theirs.
+column_list places_of(const column_list& columns, const qeft::permutation& order);
+
 /// Whether a linear's input is the (normed) residual stream: all such linears share their weak
 /// columns when the model is reordered.
 bool reads_stream(linear_kind kind);

@@ -15,6 +15,7 @@
 #endif
 
 #include "commands.hpp"
+#include "preset.hpp"
 #include "qeft/core/status.hpp"
 #include "qeft/io/notice.hpp"
 #include "qeft/io/signal_cleanup.hpp"
@@ -29,10 +30,13 @@ using qeft::solver::search_method;
 template <class Value>
 using choices = std::vector<std::pair<std::string, Value>>;
 
+/// How --help says that the default is what the preset decides.
+constexpr const char* by_preset = "by preset";
+
 /// An option that takes one of some names; `value` holds the default.
 template <class Value>
-void add_choice(CLI::App& command, const std::string& name, Value& value, const std::string& help,
-                const choices<Value>& all) {
+CLI::Option* add_choice(CLI::App& command, const std::string& name, Value& value,
+                        const std::string& help, const choices<Value>& all) {
   std::vector<std::string> names;
   std::string chosen;
   for (const auto& [text, meaning] : all) {
@@ -44,7 +48,7 @@ void add_choice(CLI::App& command, const std::string& name, Value& value, const 
       if (text == given) value = meaning;
     }
   };
-  command.add_option_function<std::string>(name, set, help)
+  return command.add_option_function<std::string>(name, set, help)
       ->check(CLI::IsMember(names))
       ->default_str(chosen);
 }
@@ -71,33 +75,14 @@ void add_run(CLI::App& command, activation_type& activations, bool& json) {
   add_json(command, json);
 }
 
-/// What the options are that the command line leaves open.
-enum class preset {
-  paper,     // as the paper's algorithm has it
-  standard,  // the best that is known at the paper's storage
-  small,     // the same with groups for small models
-};
-
-void apply(preset chosen, const CLI::App& command, quantize_options& o) {
-  const auto open = [&](const char* option) { return command.count(option) == 0; };
-  if (chosen == preset::small && open("--group-size")) o.layer.group_size = 64;
-  if (chosen == preset::paper || o.layer.method != layer_method::optq) return;
-  if (open("--order") && o.reorder) o.order = column_order::sensitivity;
-  if (open("--asymmetric")) o.asymmetric = {0.5, 0.5};
-  if (open("--search-weights") && o.layer.search.method == search_method::grid) {
-    o.layer.search.weighted = true;
-    if (open("--norm")) o.layer.search.norm = 2.0;
-  }
-  if (open("--refine")) o.layer.refine_rounds = 1;
-}
-
 void add_quantize(CLI::App& command, quantize_options& o, preset& chosen, std::string& device) {
   add_common(command, o.model, o.threads, device);
   command.add_option("--out", o.out, "directory to write")->required();
   add_choice<preset>(
       command, "--preset", chosen,
-      "algorithm, unless other options say otherwise: the paper's, the best at the "
-      "same storage, or that for small models (group size 64)",
+      "what other options leave open: paper (its algorithm: --order natural --asymmetric 0 "
+      "--search-weights equal --refine 0), default (--order sensitivity --asymmetric 0.5 "
+      "--search-weights solver --refine 1) or small (default, --group-size 64)",
       {{"paper", preset::paper}, {"default", preset::standard}, {"small", preset::small}});
   command.add_option("--calibration", o.calibration, "text file of calibration data");
   command.add_option("--bits", o.layer.bits, "bits per code")
@@ -105,7 +90,7 @@ void add_quantize(CLI::App& command, quantize_options& o, preset& chosen, std::s
       ->capture_default_str();
   command
       .add_option("--group-size", o.layer.group_size, "columns per scale, -1 for one per channel")
-      ->capture_default_str();
+      ->default_str("128, small: 64");
   command.add_option("--weak-columns", o.weak_columns, "k, full-precision columns per layer")
       ->capture_default_str();
   add_choice<qeft::weak_kind>(
@@ -122,13 +107,15 @@ void add_quantize(CLI::App& command, quantize_options& o, preset& chosen, std::s
   command.add_option("--steps", o.layer.search.steps, "steps of the grid search")
       ->capture_default_str();
   command.add_option("--norm", o.layer.search.norm, "p of the grid search's error |w - Q(w)|^p")
-      ->capture_default_str();
+      ->default_str("2 with weights of the solver, else 2.4");
   add_choice<bool>(command, "--search-weights", o.layer.search.weighted,
                    "of the errors in the grid search: equal, or what the solver pays for them",
-                   {{"equal", false}, {"solver", true}});
+                   {{"equal", false}, {"solver", true}})
+      ->default_str(by_preset);
   add_choice<column_order>(
       command, "--order", o.order, "columns as they are, or robust ones by falling sensitivity",
-      {{"natural", column_order::natural}, {"sensitivity", column_order::sensitivity}});
+      {{"natural", column_order::natural}, {"sensitivity", column_order::sensitivity}})
+      ->default_str(by_preset);
   command
       .add_option_function<double>(
           "--asymmetric",
@@ -136,9 +123,11 @@ void add_quantize(CLI::App& command, quantize_options& o, preset& chosen, std::s
             o.asymmetric = {a, a};
           },
           "how far a layer makes up for the errors before it, 0 (not at all) to 1")
-      ->check(CLI::Range(0.0, 1.0));
+      ->check(CLI::Range(0.0, 1.0))
+      ->default_str(by_preset);
   command.add_option("--refine", o.layer.refine_rounds, "rounds of refinement after the solver")
-      ->check(CLI::Range(0, 100));
+      ->check(CLI::Range(0, 100))
+      ->default_str(by_preset);
   command
       .add_option("--damping", o.layer.damping.damping,
                   "of the Hessian, as a fraction of its mean diagonal")
@@ -267,7 +256,8 @@ int main(int argc, char** argv) {
     }
     int result = 0;
     if (*quantize_command) {
-      apply(quantize_preset, *quantize_command, quantize);
+      const auto given = [&](const std::string& name) { return quantize_command->count(name) > 0; };
+      apply(quantize_preset, given, quantize);
       result = run_quantize(quantize);
     }
     if (*generate_command) result = run_generate(generate);

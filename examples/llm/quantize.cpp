@@ -56,7 +56,7 @@ json describe(const quantize_options& o) {
     p["seq_len"] = o.seq_len;
     p["seed"] = o.seed;
   }
-  if (o.chooses_columns()) p["selection"] = name_of(o.selection);
+  if (o.chooses_ahead()) p["selection"] = name_of(o.selection);
   return p;
 }
 
@@ -93,6 +93,10 @@ json fingerprint(const quantize_options& o) {
   f["robust_mean"] = o.layer.damping.robust_mean;
   f["weak_columns"] = o.weak_columns;
   f["weighted"] = o.layer.search.weighted;
+  f["selection"] = name_of(o.selection);
+  f["order"] = static_cast<int>(o.order);
+  f["asymmetric"] = {o.asymmetric.input, o.asymmetric.stream};
+  f["refine"] = o.layer.refine_rounds;
   f["o_proj_placement"] = to_string(o.o_proj_placement);
   f["accumulation"] = static_cast<int>(o.accumulation);
   f["compare_rtn"] = o.compare_rtn;
@@ -231,9 +235,7 @@ class quantizer {
     if (o_.is_asymmetric()) {
       p.mismatch = inputs->mismatch(p.w, s.out_channels, o_.asymmetric);
     }
-    for (const std::int32_t c : weak) {
-      p.weak.push_back(static_cast<std::int32_t>(order.inverse()[c]));
-    }
+    p.weak = places_of(weak, order);
     if (order.is_identity()) return p;
     using values = qeft::span<float>;
     qeft::permute_columns(order, values(p.w), s.out_channels);
@@ -256,11 +258,11 @@ class quantizer {
       const layer_problem problem = problem_of(l, kind, inputs);
       result.order = columns_.order(name);
       auto options = options_for(exec_, o_, problem.w, s, problem.weak);
-      const auto solve = [&](qeft::span<const float> mismatch) {
-        return qeft::solver::quantize_layer(exec_, problem.w, s.out_channels, s.in_channels,
+      const auto solve = [&](qeft::span<const float> w, qeft::span<const float> mismatch) {
+        return qeft::solver::quantize_layer(exec_, w, s.out_channels, s.in_channels,
                                             problem.hessian, options, mismatch);
       };
-      auto solved = solve(problem.mismatch);
+      auto solved = solve(problem.w, problem.mismatch);
       result.matrix = std::move(solved.matrix);
       result.report = report_of(solved.report);
       if (solved.report.damping > o_.layer.damping.damping) {
@@ -274,7 +276,9 @@ class quantizer {
       if (o_.compare_rtn) {
         options.method = layer_method::rtn;
         options.refine_rounds = 0;
-        result.report["rtn_output_error"] = solve({}).report.output_error.value();
+        const qeft::span<const float> target =
+            solved.target.empty() ? qeft::span<const float>(problem.w) : solved.target;
+        result.report["rtn_output_error"] = solve(target, {}).report.output_error.value();
       }
     } catch (const qeft::error& e) {
       qeft::fail(e.code(), name + ": " + e.what());

@@ -40,7 +40,8 @@ void check_options(const quantize_options& o, const model_config& config,
     fail(errc::invalid_argument, "quantize: " + o.model + " is quantised already");
   }
   if (o.needs_calibration() && o.calibration.empty()) {
-    refuse("--calibration", "missing", "given for this method and choice of weak columns");
+    refuse("--calibration", "missing",
+           "given for this method, choice and order of columns, and refinement");
   }
   constexpr index_t most_samples = 1 << 20;
   if (o.samples < 1 || o.samples > most_samples) {
@@ -61,8 +62,13 @@ void check_options(const quantize_options& o, const model_config& config,
     qeft::solver::check(o.layer, s.out_channels, s.in_channels);
   }
   qeft::solver::check(o.asymmetric);
-  if (o.is_asymmetric() && o.layer.method != qeft::solver::layer_method::optq) {
+  const bool optq = o.layer.method == qeft::solver::layer_method::optq;
+  if (o.is_asymmetric() && !optq) {
     refuse("--asymmetric", std::to_string(o.asymmetric.input), "0 unless --method is optq");
+  }
+  if (o.layer.search.weighted &&
+      !(optq && o.layer.search.method == qeft::solver::search_method::grid)) {
+    refuse("--search-weights", "solver", "equal unless --method is optq and --search is grid");
   }
   if (o.order == column_order::sensitivity && !o.reorder) {
     refuse("--order", "sensitivity", "natural when --reorder is off");

@@ -42,20 +42,10 @@ void check_heads(const model_config& config, const column_choice& columns) {
 
 namespace {
 
-/// The weak columns of a linear as places in its order.
-column_list weak_places(const column_choice& columns, const std::string& linear) {
-  const qeft::permutation place = columns.order(linear).inverse();
-  column_list places;
-  for (const std::int32_t c : columns.weak(linear)) {
-    places.push_back(static_cast<std::int32_t>(place[c]));
-  }
-  return places;
-}
-
 /// The order of a linear's columns, then weak ones last.
 qeft::permutation stored_order(const column_choice& columns, const std::string& linear) {
   const qeft::permutation& order = columns.order(linear);
-  return compose(order, qeft::weak_last(order.size(), weak_places(columns, linear)));
+  return compose(order, qeft::weak_last(order.size(), places_of(columns.weak(linear), order)));
 }
 
 /// The order of a block's value channels that puts o_proj's columns in theirs, weak ones last in
@@ -64,9 +54,9 @@ qeft::permutation value_order(const model_config& config, const column_choice& c
                               index_t block) {
   const std::string o = linear_name(block, linear_kind::o);
   const qeft::permutation& order = columns.order(o);
-  const qeft::permutation stored = compose(
-      order,
-      qeft::weak_last_per_head(order.size(), config.num_attention_heads, weak_places(columns, o)));
+  const qeft::permutation stored =
+      compose(order, qeft::weak_last_per_head(order.size(), config.num_attention_heads,
+                                              places_of(columns.weak(o), order)));
   // The query heads of a value head share their order: take the first of each group.
   const index_t repeats = config.num_attention_heads / config.num_key_value_heads;
   std::vector<std::int32_t> value;

@@ -13,6 +13,7 @@
 #include "reference_model.hpp"
 #include "support/catch.hpp"
 #include "support/throws.hpp"
+#include "trace.hpp"
 #include "unit/io/temporary_directory.hpp"
 #include "work_directory.hpp"
 
@@ -59,40 +60,6 @@ linear_replacement linear_from(const model_source& source, const std::string& na
   const linear_shape s = shape_of(source.config(), kind);
   return {source.matrix(name, s.out_channels, s.in_channels),
           qeft::permutation::identity(s.in_channels)};
-}
-
-/// What a model computes of a window: the inputs of its linears, and the streams that o_proj and
-/// down_proj add to.
-struct trace {
-  std::map<std::string, std::vector<float>> input;
-  std::map<std::string, std::vector<float>> stream;
-};
-trace trace_of(const fs::path& directory, const std::vector<int>& window) {
-  const qeft::on_host exec(1);
-  const model_source source(directory);
-  const model_config& c = source.config();
-  const rope_table rope(c, tokens);
-  block_cache cache(c.num_key_value_heads, c.head_dim, tokens);
-  sample_store store(directory / "trace", 1, tokens * c.hidden_size);
-  embed(exec, source, {window}, store);
-  std::vector<float> h;
-  store.read(0, h);
-  trace t;
-  for (index_t l = 0; l < c.num_hidden_layers; ++l) {
-    const block b = load_block(exec, source, l);
-    t.stream[linear_name(l, linear_kind::o)] = h;
-    std::vector<float> middle = h;
-    block_forward(exec, c, rope, b, tokens, 0, cache, h.data(),
-                  [&](linear_kind kind, const float* x, index_t n) {
-                    t.input[linear_name(l, kind)].assign(x, x + n * shape_of(c, kind).in_channels);
-                    if (kind != linear_kind::o) return;
-                    std::vector<float> y(middle.size());
-                    b.o.forward(exec, x, n, y.data());
-                    for (std::size_t i = 0; i < y.size(); ++i) middle[i] += y[i];
-                  });
-    t.stream[linear_name(l, linear_kind::down)] = middle;
-  }
-  return t;
 }
 
 /// 2/T sum (a W (x1 - x) + r (h1 - h)) x^T in double, (OC, IC); traces with 1 are the original's.

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "preset.hpp"
 #include "qeft/io/safetensors.hpp"
 #include "reference_model.hpp"
 #include "support/catch.hpp"
@@ -654,4 +655,90 @@ TEST_CASE("options that make no sense are refused by name") {
   CHECK(w.refused(run("perplexity" + model + " --text " + w.at("text") + " --seq-len 5000"),
                   {"5000"}));
   CHECK(w.refused(run("inspect " + w.at("nowhere")), {"nowhere"}));
+}
+
+TEST_CASE("a preset decides what was not asked for, and nothing else") {
+  const auto resolved = [](preset chosen, std::vector<std::string> given,
+                           const quantize_options& asked = {}) {
+    quantize_options o = asked;
+    apply(
+        chosen,
+        [&](const std::string& option) {
+          return std::find(given.begin(), given.end(), option) != given.end();
+        },
+        o);
+    return o;
+  };
+  const auto is_paper = [](const quantize_options& o) {
+    return o.order == column_order::natural && !o.is_asymmetric() && !o.layer.search.weighted &&
+           o.layer.search.norm == 2.4 && o.layer.refine_rounds == 0 && o.layer.group_size == 128;
+  };
+  CHECK(is_paper(resolved(preset::paper, {})));
+  for (const preset p : {preset::standard, preset::small}) {
+    const quantize_options o = resolved(p, {});
+    CHECK(o.order == column_order::sensitivity);
+    CHECK((o.asymmetric.input == 0.5 && o.asymmetric.stream == 0.5));
+    CHECK((o.layer.search.weighted && o.layer.search.norm == 2.0));
+    CHECK(o.layer.refine_rounds == 1);
+    CHECK(o.layer.group_size == (p == preset::small ? 64 : 128));
+    CHECK(is_paper(resolved(
+        p, {"--order", "--asymmetric", "--search-weights", "--norm", "--refine", "--group-size"})));
+  }
+  quantize_options asked;
+  asked.layer.act_order = true;
+  CHECK(resolved(preset::standard, {}, asked).order == column_order::natural);
+  asked = {};
+  asked.reorder = false;
+  CHECK(resolved(preset::standard, {}, asked).order == column_order::natural);
+  asked = {};
+  asked.layer.search.method = qeft::solver::search_method::minmax;
+  CHECK_FALSE(resolved(preset::standard, {}, asked).layer.search.weighted);
+  asked = {};
+  asked.layer.method = qeft::solver::layer_method::rtn;
+  CHECK(is_paper(resolved(preset::standard, {}, asked)));
+  asked = {};
+  asked.layer.search.weighted = true;
+  CHECK(resolved(preset::paper, {"--search-weights"}, asked).layer.search.norm == 2.0);
+}
+
+TEST_CASE("the options of a preset reach the model") {
+  const workplace w;
+  const auto made_by = [&](const std::string& options) {
+    const outcome made = run(w.quantize() + options, "exec 2>/dev/null;");
+    REQUIRE(made.status == 0);
+    const auto bytes = read_all(w.dir / "out/model.safetensors");
+    const json config = json::parse(read_all(w.dir / "out/config.json"));
+    fs::remove_all(w.dir / "out");
+    json how = config.at("quantization_config").at("provenance");
+    how.erase("layers");
+    return std::pair{how, bytes};
+  };
+  const auto by_default = made_by("");
+  CHECK(by_default.first.at("order") == "sensitivity");
+  CHECK(by_default.first.at("asymmetric") == json{0.5, 0.5});
+  CHECK(by_default.first.at("search") == "weighted");
+  CHECK(by_default.first.at("refine") == 1);
+  CHECK(made_by("--preset default --order sensitivity --asymmetric 0.5 --search-weights solver "
+                "--refine 1") == by_default);
+  CHECK(made_by("--preset small") == by_default);  // the group size is given
+  const auto paper = made_by("--preset paper");
+  CHECK_FALSE(mentions_any(paper.first.dump(), {"\"order\"", "asymmetric", "weighted", "refine"}));
+  CHECK(made_by("--order natural --asymmetric 0 --search-weights equal --norm 2.4 --refine 0") ==
+        paper);
+  for (const char* one : {"--order natural", "--asymmetric 0.25", "--search-weights equal",
+                          "--norm 3", "--refine 0"}) {
+    const auto other = made_by(one);
+    INFO(one);
+    CHECK(other.second != by_default.second);
+    CHECK(other.second != paper.second);
+  }
+  const auto refuses = [&](const std::string& options, std::initializer_list<const char*> why) {
+    return w.refused(run(w.quantize() + options), why);
+  };
+  CHECK(refuses("--method rtn --asymmetric 0.5", {"--asymmetric", "--method is optq"}));
+  CHECK(refuses("--method rtn --search-weights solver", {"--search-weights", "--method is optq"}));
+  CHECK(refuses("--search minmax --search-weights solver", {"--search-weights", "grid"}));
+  CHECK(refuses("--reorder off --order sensitivity", {"--order", "--reorder is off"}));
+  const outcome out_of_range = run(w.quantize() + "--asymmetric 1.5");
+  CHECK(out_of_range.status != 0);
 }

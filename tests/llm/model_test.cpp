@@ -13,6 +13,7 @@
 #include <random>
 
 #include "calibration.hpp"
+#include "column_choice.hpp"
 #include "llama_graph.hpp"
 #include "qeft/io/checkpoint.hpp"
 #include "qeft/reorder/weak_selection.hpp"
@@ -23,6 +24,7 @@
 #include "support/catch.hpp"
 #include "text_windows.hpp"
 #include "tokenizer.hpp"
+#include "trace.hpp"
 #include "unit/io/temporary_directory.hpp"
 
 namespace {
@@ -223,42 +225,67 @@ TEST_CASE("every layer was calibrated with the inputs that the quantised model g
     bool reorder;
     column_order order;
     qeft::weak_kind o_proj;
+    qeft::solver::asymmetric_options asymmetric;
   };
-  for (const variant& v :
-       {variant{llama, false, column_order::natural, qeft::weak_kind::indexed},
-        variant{qwen2, false, column_order::natural, qeft::weak_kind::indexed},
-        variant{llama, true, column_order::natural, qeft::weak_kind::per_head},
-        variant{llama, true, column_order::sensitivity, qeft::weak_kind::per_head},
-        variant{qwen2, true, column_order::sensitivity, qeft::weak_kind::indexed}}) {
+  const auto natural = column_order::natural;
+  const auto sorted = column_order::sensitivity;
+  const auto indexed = qeft::weak_kind::indexed;
+  const auto per_head = qeft::weak_kind::per_head;
+  for (const variant& v : {variant{llama, false, natural, indexed, {}},
+                           variant{qwen2, false, natural, indexed, {0.5, 0.25}},
+                           variant{llama, true, natural, per_head, {0.75, 0.0}},
+                           variant{llama, true, sorted, per_head, {0.5, 0.5}},
+                           variant{qwen2, true, sorted, indexed, {0.0, 0.5}}}) {
     const temporary_directory dir;
     write_small_model(dir / "model", v.config, 4);
     auto o = tiny_quantization(dir / "model", dir / "out", dir / "text");
+    o.samples = 20;
     o.reorder = v.reorder;
     o.order = v.order;
     o.o_proj_placement = v.o_proj;
+    o.asymmetric = v.asymmetric;
     REQUIRE(run_quantize(o) == 0);
     const qeft::on_host exec(1);
     const model_source original(dir / "model");
     const model_source quantised(dir / "out");
+    const model_config& config = quantised.config();
     const qeft::reorder_plan plan = plan_of(quantised);
+    const qeft::permutation& stream_order = plan.of(describe(config).stream);
+
+    // H, D and R of every linear, in the coordinates of the quantised model.
     std::map<std::string, qeft::solver::hessian_accumulator> h;
-    llama_model model(exec, quantised);
+    std::map<std::string, qeft::solver::cross_accumulator> d;
+    std::map<std::string, qeft::solver::cross_accumulator> r;
+    const auto difference = [&](std::vector<float> x, const qeft::permutation* order,
+                                const std::vector<float>& here) {
+      if (order != nullptr) {
+        qeft::permute_columns(*order, qeft::span<float>(x), o.seq_len);
+      }
+      for (std::size_t i = 0; i < x.size(); ++i) x[i] -= here[i];
+      return x;
+    };
     for (const auto& window : windows_of(o)) {
-      model.reset(o.seq_len);
-      index_t block = -1;
-      model.forward(window, [&](linear_kind kind, const float* x, index_t tokens) {
-        if (kind == linear_kind::q) ++block;
-        const std::string name = linear_name(block, kind);
-        h.try_emplace(name, shape_of(model.config(), kind).in_channels)
-            .first->second.add(exec, x, tokens);
-      });
+      const trace first = trace_of(dir / "model", window);
+      const trace here = trace_of(dir / "out", window);
+      for (const auto& [name, x] : here.input) {
+        const index_t ic = static_cast<index_t>(x.size()) / o.seq_len;
+        h.try_emplace(name, ic).first->second.add(exec, x.data(), o.seq_len);
+        const auto dx = difference(first.input.at(name), plan.columns(name), x);
+        d.try_emplace(name, ic, ic).first->second.add(exec, dx.data(), x.data(), o.seq_len);
+        if (here.stream.count(name) == 0) continue;
+        const auto dh = difference(first.stream.at(name), &stream_order, here.stream.at(name));
+        r.try_emplace(name, config.hidden_size, ic)
+            .first->second.add(exec, dh.data(), x.data(), o.seq_len);
+      }
     }
-    const json& layers = quantised.config().quantization->provenance.at("layers");
+
+    const json& layers = config.quantization->provenance.at("layers");
     int seen = 0;
-    for (index_t l = 0; l < model.config().num_hidden_layers; ++l) {
+    for (index_t l = 0; l < config.num_hidden_layers; ++l) {
       for (const linear_kind kind : all_linears) {
         const std::string name = linear_name(l, kind);
-        const linear_shape s = shape_of(model.config(), kind);
+        INFO(name);
+        const linear_shape s = shape_of(config, kind);
         auto w = original.weights().read(name + ".weight", {s.out_channels, s.in_channels});
         if (const auto* p = plan.rows(name)) {
           qeft::permute_rows(*p, qeft::span<float>(w), s.in_channels);
@@ -269,16 +296,46 @@ TEST_CASE("every layer was calibrated with the inputs that the quantised model g
         const packed_matrix q = quantised.matrix(name, s.out_channels, s.in_channels);
         const std::vector<double> diagonal = h.at(name).diagonal();
         const auto hessian = std::move(h.at(name)).finish();
-        INFO(name);
+        const auto drift = std::move(d.at(name)).finish();
+        const auto stream_drift =
+            r.count(name) == 0 ? qeft::host_buffer<float>{} : std::move(r.at(name)).finish();
+        const auto mismatch = qeft::solver::output_mismatch(exec, w, s.out_channels, s.in_channels,
+                                                            drift, stream_drift, o.asymmetric);
+        if (!mismatch.empty()) {
+          const auto in_order = permutation::identity(s.in_channels);
+          const auto factor =
+              qeft::solver::factor_inverse(exec, hessian, in_order, s.in_channels, o.layer.damping);
+          const auto target =
+              qeft::solver::asymmetric_target(exec, w, mismatch, s.out_channels, in_order, factor);
+          if (std::any_of(mismatch.begin(), mismatch.end(), [](float m) { return m != 0; })) {
+            CHECK(qeft::solver::measure_error(exec, w, q, hessian).output >
+                  1.005 * layers.at(name).at("output_error").get<double>());
+          }
+          w.assign(target.begin(), target.end());
+        }
         CHECK(layers.at(name).at("output_error").get<double>() ==
               Approx(qeft::solver::measure_error(exec, w, q, hessian).output).epsilon(1e-3));
-        if (!o.reorder) CHECK(q.weak_index() == qeft::top_k(diagonal, o.weak_columns));
-        // Sorted columns fall in sensitivity; the stream's is a sum over layers.
-        if (o.sorts_columns() && kind == linear_kind::down) {
-          CHECK(std::is_sorted(diagonal.begin(), diagonal.end() - o.weak_columns,
-                               [](double a, double b) { return a > b * (1 + 1e-4); }));
+        if (!o.reorder) {
+          const auto weak = q.weak_index();
+          CHECK(column_list(weak.begin(), weak.end()) == qeft::top_k(diagonal, o.weak_columns));
         }
         ++seen;
+        if (!o.sorts_columns() || reads_stream(kind)) continue;  // the stream's is a sum
+        // Robust columns fall in sensitivity; those of o_proj in a head, added up over query heads.
+        const index_t heads = kind == linear_kind::down ? 1 : config.num_key_value_heads;
+        if (kind == linear_kind::o && v.o_proj != per_head) continue;
+        const index_t repeats = kind == linear_kind::down ? 1 : config.num_attention_heads / heads;
+        const index_t channels = s.in_channels / heads / repeats;
+        const index_t weak = q.descriptor().weak_columns / heads / repeats;
+        for (index_t head = 0; head < heads; ++head) {
+          std::vector<double> sum(static_cast<std::size_t>(channels));
+          for (index_t i = 0; i < repeats * channels; ++i) {
+            sum[static_cast<std::size_t>(i % channels)] +=
+                diagonal[static_cast<std::size_t>(head * repeats * channels + i)];
+          }
+          CHECK(std::is_sorted(sum.begin(), sum.end() - weak,
+                               [](double a, double b) { return a > b * (1 + 1e-4); }));
+        }
       }
     }
     CHECK(seen == 14);
@@ -298,6 +355,7 @@ TEST_CASE("the stream's weak columns are those of Algorithm 1 on the full-precis
     o.weak_columns = s.k;
     o.samples = s.samples;
     o.seq_len = s.seq_len;
+    if (s.samples != 50) o.order = column_order::sensitivity;
     REQUIRE(run_quantize(o) == 0);
     const model_source original(dir / "model");
     const model_source quantised(dir / "out");
@@ -320,8 +378,15 @@ TEST_CASE("the stream's weak columns are those of Algorithm 1 on the full-precis
       });
     }
     qeft::global_selection selection(model.config().hidden_size, o.weak_columns);
-    for (const auto& [name, sums] : squares) selection.add(sums);
+    qeft::global_selection all(model.config().hidden_size, 0, qeft::accumulation::all_columns);
+    for (const auto& [name, sums] : squares) {
+      selection.add(sums);
+      all.add(sums);
+    }
     CHECK(squares.size() == 10);
+    CHECK(plan_of(quantised).of(describe(model.config()).stream) ==
+          (s.samples == 50 ? qeft::weak_last(model.config().hidden_size, selection.choose())
+                           : qeft::by_sensitivity(all.sum(), selection.choose())));
     for (const auto& [name, sums] : squares) {
       const auto* d = quantised.config().quantization->find(name);
       CHECK(qeft::io::read_linear(quantised.weights().reader(), name, *d).weak_index ==
@@ -380,6 +445,30 @@ TEST_CASE("a killed quantisation goes on where it was, to the same bytes") {
   }
 
   // Leftovers of other options or of another model are not used.
+  using change = std::function<void(quantize_options&)>;
+  quantize_options unlike = variants[0];
+  unlike.weak_columns_from = (dir / "whole0").string();
+  unlike.out = (dir / "out").string();
+  for (const change& differ : {
+           change([](auto& c) { c.selection = qeft::selection_metric::hessian_perturbation; }),
+           change([](auto& c) { c.order = column_order::natural; }),
+           change([](auto& c) { c.asymmetric.input = 0.25; }),
+           change([](auto& c) { c.asymmetric.stream = 0; }),
+           change([](auto& c) { c.layer.refine_rounds = 0; }),
+           change([](auto& c) { c.layer.search.weighted = true; }),
+           change([](auto& c) { c.layer.search.norm = 2; }),
+           change([](auto& c) { c.layer.act_order = true; }),
+           change([](auto& c) { c.seed = 1; }),
+       }) {
+    run_and_die(unlike, "block 0");
+    quantize_options other = unlike;
+    differ(other);
+    std::vector<std::string> steps;
+    other.after_step = [&](const std::string& step) { steps.push_back(step); };
+    REQUIRE(run_quantize(other) == 0);
+    CHECK(std::count(steps.begin(), steps.end(), "block 0") == 1);
+    fs::remove_all(other.out);
+  }
   quantize_options o = variants[2];
   o.out = (dir / "out").string();
   run_and_die(o, "block 0");

@@ -115,8 +115,8 @@ inline std::vector<std::int32_t> top_k_per_head(span<const double> sensitivity, 
   return chosen;
 }
 
-/// Robust channels by falling sensitivity (equals in order), then the weak ones in order: the order
-/// in which OPTQ loses least, without a gather at inference (METHOD section 9).
+/// Robust channels by falling sensitivity (equals in order), then the weak ones in order: act-order
+/// with groups of its own and without a gather at inference (METHOD section 9).
 /// @param weak ascending channels
 inline permutation by_sensitivity(span<const double> sensitivity,
                                   const std::vector<std::int32_t>& weak) {
@@ -131,7 +131,7 @@ inline permutation by_sensitivity(span<const double> sensitivity,
 /// sensitivities add up.
 /// @param sensitivity (heads * head_dim) of o_proj's input columns
 /// @param heads       query heads, a multiple of value_heads
-/// @param weak        as top_k_per_head returns them
+/// @param weak        ascending, the same in all query heads of a value head
 inline permutation by_sensitivity_per_head(span<const double> sensitivity, index_t heads,
                                            index_t value_heads,
                                            const std::vector<std::int32_t>& weak) {
@@ -139,11 +139,19 @@ inline permutation by_sensitivity_per_head(span<const double> sensitivity, index
       detail::sum_over_query_heads(sensitivity, heads, value_heads, "by_sensitivity_per_head");
   const index_t head_dim = sensitivity.size() / heads;
   const index_t repeats = heads / value_heads;
+  weak_last(sensitivity.size(), weak);  // throws for columns that are not there, or not ascending
   std::vector<std::int32_t> order;
+  std::vector<std::int32_t> weak_of_value;
   for (index_t h = 0; h < heads; ++h) {
     std::vector<std::int32_t> weak_of_head;
     for (const std::int32_t c : weak) {
       if (c / head_dim == h) weak_of_head.push_back(static_cast<std::int32_t>(c % head_dim));
+    }
+    if (h % repeats == 0) weak_of_value = weak_of_head;
+    if (weak_of_head != weak_of_value) {
+      fail(errc::invalid_argument,
+           text("by_sensitivity_per_head: the weak columns of head ", h,
+                " are not those of the first head that reads its value head"));
     }
     const span<const double> of_head(shared.data() + h / repeats * head_dim, head_dim);
     for (const std::int32_t c : by_sensitivity(of_head, weak_of_head).source()) {

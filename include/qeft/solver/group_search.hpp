@@ -244,6 +244,10 @@ struct weighted_cost {
 /// Calls visitor(cost) with the functor of the error of weights w.
 template <class Visitor>
 auto visit_cost(span<const float> w, double p, span<const float> importance, Visitor&& visitor) {
+  if (!importance.empty() && importance.size() != w.size()) {
+    fail(errc::invalid_argument, text("group search: importance has ", importance.size(),
+                                      " elements, but the group has ", w.size()));
+  }
   const float normalize = normalizer(weight_range(w).largest());
   return visit_norm(p, normalize, [&](const auto& norm) {
     using norm_type = std::decay_t<decltype(norm)>;

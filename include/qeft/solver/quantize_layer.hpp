@@ -23,7 +23,7 @@ inline void check_layer(const on_host& exec, span<const float> w, index_t out_ch
                         span<const float> mismatch) {
   check(o, out_channels, in_channels);
   check_matrix(exec, w, out_channels, in_channels, "quantize_layer: w");
-  if (o.method == layer_method::optq || !h.empty()) {
+  if (o.method == layer_method::optq || o.refine_rounds > 0 || !h.empty()) {
     check_matrix(exec, h, in_channels, in_channels, "quantize_layer: the Hessian");
     check_symmetric(exec, h.data(), in_channels, "quantize_layer: the Hessian");
   }

@@ -266,6 +266,9 @@ TEST_CASE("by_sensitivity_per_head sorts all query heads of a value head alike")
         std::vector<std::int32_t>{1, 2, 0, 4, 5, 3, 6, 8, 7, 9, 11, 10});
   CHECK(qeft::by_sensitivity_per_head(s, 4, 2, {1, 4, 6, 9}).source() ==
         std::vector<std::int32_t>{2, 0, 1, 5, 3, 4, 8, 7, 6, 11, 10, 9});
+  CHECK_THROWS_WITH(qeft::by_sensitivity_per_head(s, 4, 2, {1, 5}),
+                    contains("the weak columns of head 1"));
+  CHECK_THROWS_AS(qeft::by_sensitivity_per_head(s, 4, 2, {12}), qeft::error);
   CHECK_THROWS_WITH(qeft::by_sensitivity_per_head(s, 4, 3, {}), contains("heads is 4"));
 }
 
