@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "qeft/core/checked_product.hpp"
 #include "qeft/core/memory.hpp"
 #include "qeft/core/on_host.hpp"
 #include "qeft/core/text.hpp"
@@ -58,6 +59,18 @@ inline void check_finite(const on_host& exec, const float* x, index_t rows, inde
   fail(errc::not_finite,
        text(what, ": row ", i / cols, ", column ", i % cols, " is ", x[i], ", but must be finite"));
 }
+
+namespace detail {
+/// Throws when x is not (rows, cols), or not finite.
+inline void check_matrix(const on_host& exec, span<const float> x, index_t rows, index_t cols,
+                         const char* what) {
+  if (x.size() != checked_product(rows, cols, what)) {
+    fail(errc::invalid_argument,
+         text(what, " has ", x.size(), " elements, but must have ", rows, " x ", cols));
+  }
+  check_finite(exec, x.data(), rows, cols, what);
+}
+}  // namespace detail
 
 /// Throws errc::invalid_argument naming an entry in which a finite n x n Hessian is not symmetric
 /// by more than rounding: |h_ij - h_ji| <= 1e-4 sqrt(h_ii h_jj). Every use of H reads one triangle.

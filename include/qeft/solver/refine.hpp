@@ -16,6 +16,7 @@
 #include "qeft/core/text.hpp"
 #include "qeft/solver/group_search.hpp"
 #include "qeft/solver/matrix_ops.hpp"
+#include "qeft/solver/reduced_hessian.hpp"
 
 namespace qeft::solver {
 inline namespace QEFT_TARGET {
@@ -28,9 +29,6 @@ struct refine_result {
 
 namespace detail {
 
-/// What is added to the diagonal of a system, relative to it: the rounding error of an FP32 H.
-inline constexpr double refine_ridge = 1e-6;
-
 /// Input columns of the dense columns, then of the weak ones: (IC).
 inline std::vector<index_t> columns_weak_last(const quantized_matrix<>& m) {
   const matrix_descriptor& d = m.descriptor();
@@ -42,112 +40,6 @@ inline std::vector<index_t> columns_weak_last(const quantized_matrix<>& m) {
     for (index_t j = 0; j < e.weak; ++j) columns.push_back(weak.weak_column(j, d.in_channels));
   });
   return columns;
-}
-
-/// E as the dense columns see it. Whatever they are, the k weak columns may follow with the values
-/// that are best for them; what is left of E is the quadratic form of H_dd - H_dw H_ww^-1 H_wd.
-/// Columns with H_jj = 0 are dead: their rows of H count as 0, and H_jj of a weak one as 1.
-struct reduced_hessian {
-  double scale = 1.0;                    // a power of two that brings H near 1
-  host_buffer<float> dense;              // (dense, dense) that form times `scale`
-  std::vector<float> curvature;          // (dense) its diagonal; 0 where a column cannot change it
-  row_major_matrix<double> dense_weak;   // (dense, k) H_dw
-  row_major_matrix<double> weak_factor;  // (k, k) upper triangular R with R^T R = H_ww + ridge
-  std::vector<bool> weak_alive;          // (k)
-};
-
-/// R of reduced_hessian, with the least ridge that makes H_ww positive definite.
-inline row_major_matrix<double> factor_weak(const Eigen::MatrixXd& h_ww) {
-  for (double ridge = refine_ridge; ridge <= 1.0; ridge *= 10.0) {
-    Eigen::MatrixXd damped = h_ww;
-    damped.diagonal() *= 1.0 + ridge;
-    const Eigen::LLT<Eigen::MatrixXd> llt(damped);
-    if (llt.info() == Eigen::Success) return llt.matrixU();
-  }
-  fail(errc::not_positive_definite,
-       text("refine: the Hessian of the ", h_ww.rows(),
-            " weak columns is not positive semidefinite; it is not a matrix of the form X X^T"));
-}
-
-/// H with its columns reordered, and without what underflow left in the rows of dead ones.
-class reordered_hessian {
- public:
-  /// @param h (n, n) symmetric  @param columns (n) column of `h` at each position
-  reordered_hessian(span<const float> h, const std::vector<index_t>& columns)
-      : h_(h.data()), columns_(columns) {
-    for (index_t i = 0; i < size(); ++i) {
-      if (diagonal(i) >= 0.0) continue;
-      fail(errc::not_positive_definite,
-           text("refine: H[", column(i), "][", column(i), "] is ", diagonal(i),
-                ", but a Hessian's diagonal cannot be negative"));
-    }
-  }
-
-  index_t size() const { return static_cast<index_t>(columns_.size()); }
-  double diagonal(index_t i) const { return static_cast<double>(h_[column(i) * (size() + 1)]); }
-  double operator()(index_t i, index_t j) const {
-    const bool coupled = diagonal(i) > 0.0 && diagonal(j) > 0.0;
-    return coupled ? static_cast<double>(h_[column(i) * size() + column(j)]) : 0.0;
-  }
-  /// A power of two that brings the largest entry near 1.
-  double scale() const {
-    double largest = 0.0;
-    for (index_t i = 0; i < size(); ++i) largest = std::max(largest, diagonal(i));
-    return largest > 0.0 ? std::ldexp(1.0, -std::ilogb(largest)) : 1.0;
-  }
-
- private:
-  index_t column(index_t i) const { return columns_[static_cast<std::size_t>(i)]; }
-
-  const float* h_;
-  const std::vector<index_t>& columns_;
-};
-
-/// The parts of reduced_hessian that belong to weak columns.
-inline void set_weak(const reordered_hessian& h, index_t dense, reduced_hessian& out) {
-  const index_t k = h.size() - dense;
-  out.dense_weak.resize(dense, k);
-  Eigen::MatrixXd h_ww(k, k);
-  for (index_t j = 0; j < k; ++j) {
-    out.weak_alive.push_back(h.diagonal(dense + j) > 0.0);
-    for (index_t i = 0; i < dense; ++i) out.dense_weak(i, j) = h(i, dense + j);
-    for (index_t i = 0; i < k; ++i) h_ww(i, j) = h(dense + i, dense + j);
-    if (!out.weak_alive.back()) h_ww(j, j) = 1.0;
-  }
-  out.weak_factor = factor_weak(h_ww);
-}
-
-/// @param h       (n, n) symmetric
-/// @param columns (n) columns of `h`: `dense` dense ones, then the weak ones
-inline reduced_hessian reduce_hessian(const on_host& exec, span<const float> h,
-                                      const std::vector<index_t>& columns, index_t dense) {
-  constexpr index_t tile_rows = 64;
-  const reordered_hessian original(h, columns);
-  reduced_hessian out;
-  out.scale = original.scale();
-  set_weak(original, dense, out);
-  const Eigen::MatrixXd taken =  // H_dw H_ww^-1 H_wd is its square
-      out.weak_factor.transpose().triangularView<Eigen::Lower>().solve(out.dense_weak.transpose());
-  out.dense.resize(static_cast<std::size_t>(dense * dense));
-  out.curvature.resize(static_cast<std::size_t>(dense));
-  exec.parallel_for(ceil_div(dense, tile_rows), 1, [&](index_t begin, index_t end) {
-    for (index_t t = begin; t < end; ++t) {
-      const index_t first = t * tile_rows;
-      const index_t rows = std::min(tile_rows, dense - first);
-      const Eigen::MatrixXd product = taken.middleCols(first, rows).transpose() * taken;
-      for (index_t i = first; i < first + rows; ++i) {
-        float* row = out.dense.data() + i * dense;
-        for (index_t j = 0; j < dense; ++j) {
-          row[j] = static_cast<float>(out.scale * (original(i, j) - product(i - first, j)));
-        }
-        // Less is the rounding error of a column that the weak ones represent.
-        const bool matters =
-            static_cast<double>(row[i]) > refine_ridge * out.scale * original.diagonal(i);
-        out.curvature[static_cast<std::size_t>(i)] = matters ? row[i] : 0.0F;
-      }
-    }
-  });
-  return out;
 }
 
 /// Rounds x, where |factor (x - y)|^2 is least at y = x: one unknown after another, from the last
@@ -195,6 +87,7 @@ inline Eigen::VectorXd row_errors(const row_major_matrix<double>& dw, const floa
 struct normal_equations {
   Eigen::MatrixXd matrix;
   Eigen::VectorXd right;
+  Eigen::VectorXd noise;  // what the diagonal of `matrix` may be by rounding alone
 };
 
 /// Refines tiles of rows; rows are independent.
@@ -296,6 +189,7 @@ class refiner {
     for (normal_equations& eq : out) {
       eq.matrix.resize(unknowns, unknowns);
       eq.right.resize(unknowns);
+      eq.noise.resize(unknowns);
     }
     row_major_matrix<float> product;  // the levels of group g times H
     for (index_t g = 0; g < e_.groups; ++g) {
@@ -305,6 +199,8 @@ class refiner {
       for (index_t r = 0; r < t.rows(); ++r) {
         normal_equations& eq = out[static_cast<std::size_t>(r)];
         eq.right[first_scale_ + g] = dot(product.row(r), dw.row(r));
+        eq.noise[first_scale_ + g] =
+            dot(group_of(t.levels, r, g).cwiseAbs2(), group_of(reduced_.noise, 0, g));
         for (index_t other = 0; other < e_.groups; ++other) {
           const auto p = group_of(product, r, other);
           eq.matrix(first_scale_ + g, first_scale_ + other) = dot(p, group_of(t.levels, r, other));
@@ -319,7 +215,10 @@ class refiner {
     for (index_t r = 0; r < t.rows(); ++r) {
       normal_equations& eq = out[static_cast<std::size_t>(r)];
       eq.matrix.topLeftCorner(e_.groups, e_.groups) = group_group_;
-      for (index_t g = 0; g < e_.groups; ++g) eq.right[g] = dot(group_sums_.row(g), dw.row(r));
+      for (index_t g = 0; g < e_.groups; ++g) {
+        eq.right[g] = dot(group_sums_.row(g), dw.row(r));
+        eq.noise[g] = group_of(reduced_.noise, 0, g).template cast<double>().sum();
+      }
     }
     return out;
   }
@@ -327,7 +226,7 @@ class refiner {
   /// Moves the parameters of row r to the solution, rounded as stored, if E falls by it.
   void solve_params(tile_values& t, index_t r, normal_equations eq) const {
     for (index_t j = 0; j < eq.right.size(); ++j) {
-      if (eq.matrix(j, j) > 0.0) continue;
+      if (eq.matrix(j, j) > eq.noise[j]) continue;
       eq.matrix.row(j).setZero();  // E does not depend on it
       eq.matrix.col(j).setZero();
       eq.matrix(j, j) = 1.0;
@@ -475,6 +374,7 @@ class refiner {
       const group_quantizer q = quantizer(t, r, g);
       for (index_t i = group_begin(g); i < group_end(g); ++i) {
         const float curvature = reduced_.curvature[static_cast<std::size_t>(i)];
+        if (!(curvature > 0.0F)) continue;
         // Less than half a step: it is the best already.
         if (!(std::abs(gradient[i]) > 0.5F * q.scale * curvature)) continue;
         float& level = t.levels(r, i);
@@ -521,7 +421,8 @@ class refiner {
   auto hessian_rows(index_t begin, index_t count) const {
     return map_rows(reduced_.dense.data() + begin * e_.dense, count, e_.dense, e_.dense);
   }
-  auto group_of(const row_major_matrix<float>& x, index_t r, index_t g) const {
+  template <class Matrix>
+  auto group_of(const Matrix& x, index_t r, index_t g) const {
     return x.row(r).segment(group_begin(g), group_end(g) - group_begin(g));
   }
   template <class A, class B>
@@ -545,18 +446,11 @@ class refiner {
 
 inline void check_refine(const on_host& exec, span<const float> w, span<const float> h,
                          const matrix_descriptor& d, int rounds) {
-  const auto sized = [](const char* what, index_t size, index_t rows, index_t cols) {
-    if (size == rows * cols) return;
-    fail(errc::invalid_argument,
-         text("refine: ", what, " has ", size, " elements, but must have ", rows, " x ", cols));
-  };
-  sized("w", w.size(), d.out_channels, d.in_channels);
-  sized("the Hessian", h.size(), d.in_channels, d.in_channels);
+  check_matrix(exec, w, d.out_channels, d.in_channels, "refine: w");
+  check_matrix(exec, h, d.in_channels, d.in_channels, "refine: the Hessian");
   if (rounds < 0) {
     fail(errc::invalid_argument, text("refine: rounds is ", rounds, ", but must not be negative"));
   }
-  check_finite(exec, w.data(), d.out_channels, d.in_channels, "refine: w");
-  check_finite(exec, h.data(), d.in_channels, d.in_channels, "refine: the Hessian");
   check_symmetric(exec, h.data(), d.in_channels, "refine: the Hessian");
 }
 
@@ -568,7 +462,11 @@ inline void check_refine(const on_host& exec, span<const float> w, span<const fl
 /// are, one code after another moves to the best for all others, twice; (3) the weak columns follow
 /// once more. Integer zero points stay, and so do codes and weak columns of dead inputs
 /// (H_jj = 0). In (1) and (2) weak columns are eliminated: the steps minimise what is left of E
-/// when they follow.
+/// when they follow. Parameters and codes that change it by no more than rounding stay too.
+///
+/// E is that of the calibration tokens, undamped, and few tokens are overfitted: refinement needs
+/// at least four tokens per input channel to be of use. At 1.25 per channel E on other text rises
+/// (by 4 % where it was measured); from four on it falls.
 ///
 /// A row's round counts only if E of that row, computed in double from what would be stored, falls:
 /// more rounds never raise E of any row. The result does not depend on the number of threads.

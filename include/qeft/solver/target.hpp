@@ -49,16 +49,6 @@ void for_each_row_tile(const on_host& exec, index_t out_channels, const Body& bo
   });
 }
 
-/// Throws when x is not (rows, cols), or not finite.
-inline void check_matrix(const on_host& exec, span<const float> x, index_t rows, index_t cols,
-                         const char* what) {
-  if (x.size() != checked_product(rows, cols, what)) {
-    fail(errc::invalid_argument,
-         text(what, " has ", x.size(), " elements, but must have ", rows, " x ", cols));
-  }
-  check_finite(exec, x.data(), rows, cols, what);
-}
-
 /// x (U^T U) for some rows x (rows, n) in the order of U, in place. Only the upper triangle of U
 /// is multiplied, in blocks of columns.
 inline void multiply_inverse(row_major_matrix<float>& x, const float* u) {

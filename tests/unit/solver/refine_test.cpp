@@ -40,8 +40,8 @@ struct problem {
   std::vector<float> h;  // (IC, IC)
 };
 
-/// The Hessian of correlated activations in which every 29th channel is large.
-std::vector<float> correlated_hessian(index_t ic, index_t tokens, unsigned seed) {
+/// Correlated activations (tokens, IC) in which every 29th channel is large.
+std::vector<float> correlated_activations(index_t ic, index_t tokens, unsigned seed) {
   std::mt19937 rng(seed);
   std::normal_distribution<float> normal;
   std::vector<float> x(static_cast<std::size_t>(tokens * ic));
@@ -52,10 +52,18 @@ std::vector<float> correlated_hessian(index_t ic, index_t tokens, unsigned seed)
       x[static_cast<std::size_t>(t * ic + j)] = previous * (j % 29 == 5 ? 12.0F : 1.0F);
     }
   }
+  return x;
+}
+
+std::vector<float> hessian_of(const std::vector<float>& x, index_t ic) {
   qeft::solver::hessian_accumulator h(ic);
-  h.add(on_host(1), x.data(), tokens);
+  h.add(on_host(1), x.data(), static_cast<index_t>(x.size()) / ic);
   const auto finished = std::move(h).finish();
   return {finished.begin(), finished.end()};
+}
+
+std::vector<float> correlated_hessian(index_t ic, index_t tokens, unsigned seed) {
+  return hessian_of(correlated_activations(ic, tokens, seed), ic);
 }
 
 problem make_problem(index_t oc, index_t ic, unsigned seed = 1, index_t tokens = 0) {
@@ -482,6 +490,65 @@ TEST_CASE("dead inputs keep their codes and weak columns") {
     }
     CHECK(m.read_weak(n, 1) == r.matrix.read_weak(n, 1));
     CHECK(m.read_weak(n, 2) == r.matrix.read_weak(n, 2));
+  }
+}
+
+TEST_CASE("what the weak columns represent stays") {
+  problem p = make_problem(4, 64);
+  std::vector<std::int32_t> weak;
+  for (std::int32_t j = 0; j < p.ic; j += 4) weak.push_back(j);
+  std::mt19937 rng(5);
+  std::normal_distribution<float> normal;
+  // Every such column of x becomes the weak one before it, but for noise of this size.
+  const auto represent = [&](index_t first, index_t last, float noise) {
+    std::vector<float> x = correlated_activations(p.ic, 3 * p.ic, 1);
+    for (std::size_t row = 0; row < x.size(); row += static_cast<std::size_t>(p.ic)) {
+      for (index_t j = first; j < last; ++j) {
+        x[row + static_cast<std::size_t>(j)] =
+            x[row + static_cast<std::size_t>(j / 4 * 4)] * (1.0F + noise * normal(rng));
+      }
+    }
+    p.h = hessian_of(x, p.ic);
+  };
+  index_t first = 5;  // input columns that are represented
+  index_t last = 6;
+  SECTION("a column equal to a weak one") { represent(first, last, 0.0F); }
+  SECTION("a column nearly equal to a weak one") { represent(first, last, 2e-4F); }
+  SECTION("the last group") {
+    first = 42;
+    last = 64;
+    represent(first, last, 0.0F);
+  }
+  SECTION("fewer tokens than weak columns") {
+    first = 0;
+    last = 64;
+    p.h = correlated_hessian(p.ic, 10, 1);
+  }
+  for (const layer_method method : {layer_method::rtn, layer_method::optq}) {
+    for (const zero_kind zero : {zero_kind::symmetric, zero_kind::integer, zero_kind::scaled}) {
+      const quantized_matrix<> m =
+          solve(p, options_of(method, 4, 32, zero, scalar_kind::half, weak));
+      const auto codes = qeft_test::codes_of(m);
+      const auto values = qeft_test::dequantized(m);
+      const auto columns = columns_weak_last(m);
+      const index_t dense = p.ic - static_cast<index_t>(weak.size());
+      for (const int rounds : {1, 3}) {
+        const refine_result r = refine(on_host(1), p.w, p.h, m, rounds);
+        const auto codes_after = qeft_test::codes_of(r.matrix);
+        const auto values_after = qeft_test::dequantized(r.matrix);
+        for (index_t n = 0; n < p.oc; ++n) {
+          for (index_t i = 0; i < dense; ++i) {
+            const index_t column = columns[static_cast<std::size_t>(i)];
+            if (column < first || column >= last) continue;
+            CAPTURE(static_cast<int>(method), static_cast<int>(zero), rounds, n, column);
+            const auto code = static_cast<std::size_t>(n * dense + i);
+            CHECK(codes[code] == codes_after[code]);
+            const auto at = static_cast<std::size_t>(n * p.ic + column);
+            CHECK(std::abs(values_after[at] - values[at]) < 0.006F);  // a step
+          }
+        }
+      }
+    }
   }
 }
 
