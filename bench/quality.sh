@@ -5,12 +5,13 @@
 #                    [--rows PATTERNS]
 # Without --model: of SmolLM2-135M-Instruct, as its file has it and with perturbed weights.
 # PATTERNS, separated by commas, choose rows: 'QEFT-*,OPTQ-4bit*'; FP16 is always there. Writes
-# bench/results/DATE-quality.md and .json (JSON lines). Models and measurements stay in
-# build/quality; what is there from the same program, inputs and settings is not made again.
+# bench/results/DATE-quality.md and .json (JSON lines), or with --rows or --model
+# build/quality/part.md and .json. Models and measurements stay in build/quality; what is there from
+# the same program, inputs and settings is not made again.
 set -euo pipefail
 
 model="" samples=128 seq_len=512 eval_tokens=16384 threads=0 patterns='*'
-usage() { sed -n '3,9s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '3,10s/^# \{0,1\}//p' "$0"; }
 while [ $# -gt 0 ]; do
   case "$1" in
     --model) model=$(realpath -e -- "${2:?--model needs a directory}"); shift 2 ;;
@@ -66,6 +67,12 @@ quantise_to() {
   "$llm" inspect --json "$dir/model" | sed "s/^{/{\"seconds\": $((SECONDS - begin)), /"
 }
 
+# perturb MODEL DIRECTORY
+perturb() {
+  rm -rf "${2:?}"
+  "${prepare[@]}" perturb --model "$1" --out "$2"
+}
+
 chosen() {
   local pattern
   local -a all
@@ -116,14 +123,16 @@ if [ -n "$given" ]; then
   rows_of "$(basename "$model")"
 else
   rows_of SmolLM2-135M-Instruct
-  [ -f "$work/perturbed/config.json" ] ||
-    "${prepare[@]}" perturb --model "$model" --out "$work/perturbed"
+  cached "$work/perturbed.log" "$weights $(hash_of examples/llm/prepare/perturb.py)" \
+    perturb "$model" "$work/perturbed"
   model=$PWD/$work/perturbed
   rows_of SmolLM2-135M-Instruct-perturbed
 fi
 
 step "Result"
 commit=$(git rev-parse --short HEAD)
-git diff --quiet HEAD -- include examples bench/quality.sh || commit+=" with changes"
-python3 bench/support/quality_table.py "bench/results/$(date +%F)-quality" "$commit" "$samples" \
+git diff --quiet HEAD -- include examples bench || commit+=" with changes"
+out=bench/results/$(date +%F)-quality
+[ "$patterns$given" = '*' ] || out=$work/part  # of the table
+python3 bench/support/quality_table.py "$out" "$commit" "$samples" \
   "$seq_len" "$program" "${rows[@]}"

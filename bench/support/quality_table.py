@@ -59,11 +59,11 @@ def table(rows):
 
 
 def report(date, commit, samples, seq_len, rows):
-    tokens = rows[0]["heldout"]["tokens"]
+    prose, code = (rows[0][text]["tokens"] for text in TEXTS)
     yield f"""# Quality, {date}
 
 Commit {commit}. Calibrated on {samples} samples of {seq_len} tokens of prose; evaluated on
-{tokens} tokens each of other prose and of Python source code, in windows of {seq_len}. KL is
+{prose} tokens of other prose and {code} of Python source code, in windows of {seq_len}. KL is
 KL(FP16 || row) per token in nats, with its standard error over the windows; these are the same for
 all rows, so the error of a difference between rows is smaller. top-1: how often both find the same
 token most probable. The seconds are of a machine that may do other things as well."""

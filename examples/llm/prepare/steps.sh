@@ -26,11 +26,11 @@ build_llm() {
 # command.
 prepare_inputs() {
   step "Model and text"
-  if [ ! -x "$work/venv/bin/python" ] || [ ! -f "$work/venv/ready" ]; then
+  local needed=examples/llm/prepare/requirements.txt
+  if [ ! -x "$work/venv/bin/python" ] || ! cmp -s $needed "$work/venv/ready"; then
     python3 -m venv "$work/venv"
-    "$work/venv/bin/python" -m pip install -q --disable-pip-version-check \
-      -r examples/llm/prepare/requirements.txt
-    touch "$work/venv/ready"
+    "$work/venv/bin/python" -m pip install -q --disable-pip-version-check -r $needed
+    cp $needed "$work/venv/ready"
   fi
   prepare=("$work/venv/bin/python" examples/llm/prepare/prepare.py)
   [ -f "$work/text/heldout_code.txt" ] || "${prepare[@]}" text --out "$work/text"
