@@ -7,6 +7,7 @@ OUT.md and OUT.json are written. A directory holds linears.json, heldout.json an
 heldout_code.json, and is named BLOCK/ROW; every block begins with the row FP16.
 """
 
+import datetime
 import json
 import pathlib
 import sys
@@ -77,7 +78,7 @@ token most probable. The seconds are of a machine that may do other things as we
 def main():
     out, commit, samples, seq_len, program, *directories = sys.argv[1:]
     rows = [read(directory, program) for directory in directories]
-    text = "\n".join(report(pathlib.Path(out).name[:10], commit, samples, seq_len, rows)) + "\n"
+    text = "\n".join(report(datetime.date.today(), commit, samples, seq_len, rows)) + "\n"
     pathlib.Path(out + ".md").write_text(text)
     run = {"commit": commit, "samples": int(samples), "seq_len": int(seq_len)}
     with open(out + ".json", "w") as file:
