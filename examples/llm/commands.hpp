@@ -60,9 +60,13 @@ int run_perplexity(const perplexity_options& options);
 
 /// A table of a model's linear layers.
 ///
+/// E is the output error of a layer as the quantiser recorded it, tr(dW H dW^T), against what the
+/// layer was quantised towards: its weight, or with asymmetric calibration the target that stands
+/// in for it; E/RTN is beside the error of RTN against the same.
+///
 /// With json, one object: model_type, weights, bytes and bits_per_weight of all linears, and
 /// layers, a list of name, out_channels, in_channels, bits, bits_per_weight and, of a quantised
-/// one, group_size, zero, weak, weak_columns, error and rtn_error (null where the quantiser
+/// one, group_size, zero, weak, weak_columns, error (E) and rtn_error (null where the quantiser
 /// recorded none).
 /// @param path a model directory or its config.json
 int run_inspect(const std::string& path, bool json);
