@@ -20,7 +20,7 @@ namespace detail {
 inline constexpr double refine_ridge = 1e-6;
 
 /// The part of H_jj that the weak columns must leave of it, or column j counts as represented by
-/// them. What they leave is known to a few 1e-6 of H_jj, by the rounding of an FP32 H and the ridge.
+/// them. The rounding of an FP32 H and the ridge blur what they leave by about 1e-6 of H_jj.
 /// A gradient summed over thousands of such columns is wrong by up to 1e-4 of H_jj times a step:
 /// over a smaller curvature that would be steps in any direction.
 inline constexpr double refine_noise = 1e-4;

@@ -546,6 +546,13 @@ TEST_CASE("what the weak columns represent stays") {
             const auto at = static_cast<std::size_t>(n * p.ic + column);
             CHECK(std::abs(values_after[at] - values[at]) < 0.006F);  // a step
           }
+          for (index_t g = 0; g < m.descriptor().groups(); ++g) {
+            const auto begin = columns.begin() + g * 32;
+            const auto end = columns.begin() + std::min(dense, (g + 1) * 32);
+            if (*begin < first || *(end - 1) >= last) continue;
+            CHECK(r.matrix.read_params(n, g).scale_bits == m.read_params(n, g).scale_bits);
+            CHECK(r.matrix.read_params(n, g).zero == m.read_params(n, g).zero);
+          }
         }
       }
     }
