@@ -171,8 +171,8 @@ void add_quantize(CLI::App& command, quantize_options& o, preset& chosen, std::s
 
 int main(int argc, char** argv) {
 #if defined(__GLIBC__)
-  // Freed layers go back to the system. Otherwise the limit grows with what is freed, the heap keeps
-  // blocks of layers, and memory grows with their number.
+  // Freed layers go back to the system. Otherwise the limit grows with what is freed, the heap
+  // keeps blocks of layers, and memory grows with their number.
   ::mallopt(M_MMAP_THRESHOLD, 4 << 20);
 #endif
   // Not through stdio: a thread that a signal stopped may hold its lock.

@@ -16,8 +16,8 @@ enum class preset {
 };
 
 /// Sets what the preset decides. It leaves alone what was asked for by name, and what makes no
-/// sense beside it: all but the group size serves the OPTQ solver, act-order is an order of its own,
-/// and columns that are not reordered cannot be sorted.
+/// sense beside it: all but the group size serves the OPTQ solver, act-order is an order of its
+/// own, and columns that are not reordered cannot be sorted.
 /// @param given whether the user gave an option, by its name ("--order")
 void apply(preset chosen, const std::function<bool(const std::string& option)>& given,
            quantize_options& o);

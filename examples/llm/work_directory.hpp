@@ -37,8 +37,8 @@ class work_directory {
   bool has_linear(const std::string& name) const;
   finished_linear load_linear(const std::string& name) const;
 
-  /// read(), which takes what load() or load_linear() gave it apart: when that is damaged, the error
-  /// also says what to remove.
+  /// read(), which takes what load() or load_linear() gave it apart: when that is damaged, the
+  /// error also says what to remove.
   template <class Read>
   auto checked(const Read& read) const {
     try {
