@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "elementwise.hpp"
+#include "qeft/cpu/simd.hpp"
 
 namespace qeft_llm {
 
@@ -18,8 +19,8 @@ constexpr index_t lanes = block_cache::lanes;
 // Tokens per task: enough to keep keys and values in cache between them, few enough to share out.
 constexpr index_t task_tokens = 16;
 
-// Queries at a time: two use every load of a key or value twice, and their sums fit in registers.
-constexpr int max_rows = 2;
+// Queries at a time: they share every load of a key or value, and their sums fit in registers.
+constexpr int max_rows = qeft::cpu::native_isa::lanes == 16 ? 4 : 2;
 
 /// sum[r][l] = sum_i a[r][i] * b[i * stride + l], in ascending i.
 template <std::size_t Rows>
@@ -121,8 +122,9 @@ void causal_attention(const qeft::on_host& exec, const block_cache& cache, index
       const index_t rows = (end - begin) * group;
       index_t i = 0;
       for (; i + max_rows <= rows; i += max_rows) {
-        const query pair[max_rows] = {row(i), row(i + 1)};
-        attend_rows<max_rows>(cache, head, pair, weights.data());
+        query several[max_rows];
+        for (int r = 0; r < max_rows; ++r) several[r] = row(i + r);
+        attend_rows<max_rows>(cache, head, several, weights.data());
       }
       for (; i < rows; ++i) {
         const query one = row(i);

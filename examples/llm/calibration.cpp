@@ -29,14 +29,15 @@ void embed(const qeft::on_host& exec, const model_source& source, const token_wi
       embedding.read_row(id, row);
       row += config.hidden_size;
     }
-    stream.write(i, h);
+    stream.write(exec, i, h);
   }
 }
 
 // ---- layer_inputs -------------------------------------------------------------------------------
 
 layer_inputs::layer_inputs(const qeft::on_host& exec, std::string name, index_t in_channels,
-                           index_t samples, index_t tokens, reader_pair input, reader_pair stream)
+                           index_t samples, index_t tokens, reader_pair input,
+                           stream_readers stream)
     : exec_(exec),
       name_(std::move(name)),
       in_channels_(in_channels),
@@ -58,7 +59,7 @@ qeft::span<const float> layer_inputs::hessian() const {
 qeft::host_buffer<float> layer_inputs::mismatch(
     qeft::span<const float> w, index_t out_channels,
     const qeft::solver::asymmetric_options& options) const {
-  if (stream_.original) return mismatch_with_stream(w, out_channels, options);
+  if (stream_.original_after) return mismatch_with_stream(w, out_channels, options);
   if (diagonal_.empty()) accumulate();
   return qeft::solver::output_mismatch(exec_, w, out_channels, in_channels_, input_mismatch_, {},
                                        options);
@@ -66,66 +67,79 @@ qeft::host_buffer<float> layer_inputs::mismatch(
 
 namespace {
 
-/// original - here of a sample.
-void read_difference(const reader_pair& read, index_t sample, const float* here,
-                     std::vector<float>& difference) {
-  const float* original = read.original(sample);
-  for (std::size_t i = 0; i < difference.size(); ++i) difference[i] = original[i] - here[i];
+/// to = original - here
+void subtract(const qeft::on_host& exec, const float* original, const float* here,
+              std::vector<float>& difference) {
+  float* to = difference.data();
+  exec.parallel_for(static_cast<index_t>(difference.size()), 16384, [=](index_t i, index_t end) {
+    for (; i < end; ++i) to[i] = original[i] - here[i];
+  });
 }
 
-/// e = r h + a x W^T over rows of e, (tokens, OC); h is in its place.
-void add_product(const qeft::on_host& exec, const std::vector<float>& x, qeft::span<const float> w,
-                 index_t out_channels, const qeft::solver::asymmetric_options& options,
-                 std::vector<float>& e) {
+/// m -= a W H
+void subtract_product(const qeft::on_host& exec, qeft::span<const float> w,
+                      qeft::span<const float> h, index_t out_channels, index_t in_channels,
+                      double a, float* m) {
   constexpr index_t tile = 64;
-  const index_t tokens = static_cast<index_t>(e.size()) / out_channels;
-  const index_t in_channels = w.size() / out_channels;
-  exec.parallel_for(qeft::ceil_div(tokens, tile), 1, [&](index_t begin, index_t end) {
-    for (index_t t = begin * tile; t < std::min(end * tile, tokens); t += tile) {
+  exec.parallel_for(out_channels, tile, [&](index_t begin, index_t end) {
+    for (index_t n = begin; n < end; n += tile) {
       using qeft::solver::map_rows;
-      const index_t rows = std::min(tile, tokens - t);
-      auto out = map_rows(e.data() + t * out_channels, rows, out_channels, out_channels);
-      out *= static_cast<float>(options.stream);
-      out.noalias() += static_cast<float>(options.input) *
-                       map_rows(x.data() + t * in_channels, rows, in_channels, in_channels) *
-                       map_rows(w.data(), out_channels, in_channels, in_channels).transpose();
+      const index_t rows = std::min(tile, end - n);
+      map_rows(m + n * in_channels, rows, in_channels, in_channels).noalias() -=
+          static_cast<float>(a) *
+          (map_rows(w.data() + n * in_channels, rows, in_channels, in_channels) *
+           map_rows(h.data(), in_channels, in_channels, in_channels));
     }
   });
 }
 
 }  // namespace
 
-/// The sum as it stands: for a linear alone that costs less than D, whose size is IC^2.
+/// The original model has W x_original already: it is what the stream gained, less the bias. So
+/// M = 2/T sum (a W x_original + r (h_original - h)) x^T - a W H, without D, whose size is IC^2.
 qeft::host_buffer<float> layer_inputs::mismatch_with_stream(
     qeft::span<const float> w, index_t out_channels,
     const qeft::solver::asymmetric_options& options) const {
+  const auto a = static_cast<float>(options.input);
+  const auto r = static_cast<float>(options.stream);
+  std::vector<float> bias = stream_.bias;
+  bias.resize(static_cast<std::size_t>(out_channels));
   qeft::solver::cross_accumulator sum(out_channels, in_channels_);
-  std::vector<float> dx(static_cast<std::size_t>(tokens_ * in_channels_));
   std::vector<float> e(static_cast<std::size_t>(tokens_ * out_channels));
   for (index_t i = 0; i < samples_; ++i) {
-    const float* x = input_.here(i);
-    read_difference(input_, i, x, dx);
-    read_difference(stream_, i, stream_.here(i), e);
-    add_product(exec_, dx, w, out_channels, options, e);
-    sum.add(exec_, e.data(), x, tokens_);
+    const float* here = stream_.before.here(i);
+    const float* before = stream_.before.original(i);
+    const float* after = stream_.original_after(i);
+    exec_.parallel_for(tokens_, 16, [&](index_t t, index_t end) {
+      for (; t < end; ++t) {
+        for (index_t n = 0; n < out_channels; ++n) {
+          const index_t at = t * out_channels + n;
+          e[static_cast<std::size_t>(at)] =
+              a * (after[at] - before[at] - bias[static_cast<std::size_t>(n)]) +
+              r * (before[at] - here[at]);
+        }
+      }
+    });
+    sum.add(exec_, e.data(), input_.here(i), tokens_);
   }
-  return std::move(sum).finish();
+  qeft::host_buffer<float> m = std::move(sum).finish();
+  subtract_product(exec_, w, hessian(), out_channels, in_channels_, options.input, m.data());
+  return m;
 }
 
 void layer_inputs::accumulate() const {
   qeft::solver::hessian_accumulator sum(in_channels_);
   std::optional<qeft::solver::cross_accumulator> mismatch;
   std::vector<float> dx;
-  if (input_.original && !stream_.original) {
+  if (input_.original && !stream_.original_after) {
     mismatch.emplace(in_channels_, in_channels_);
     dx.resize(static_cast<std::size_t>(tokens_ * in_channels_));
   }
   for (index_t i = 0; i < samples_; ++i) {
     const float* x = input_.here(i);
-    require_finite_activations(name_, i, x, tokens_, in_channels_);
-    sum.add(exec_, x, tokens_);
+    add_sample(exec_, sum, name_, i, x, tokens_, in_channels_);
     if (!mismatch) continue;
-    read_difference(input_, i, x, dx);
+    subtract(exec_, input_.original(i), x, dx);
     mismatch->add(exec_, dx.data(), x, tokens_);
   }
   diagonal_ = sum.diagonal();
@@ -194,13 +208,14 @@ class calibration::phases {
         attention_(at.attention),
         inner_(at.inner) {}
 
-  // What the linears read, and the stream that o_proj and down_proj add to.
+  // What the linears read, and the stream before, between and after attention and MLP.
   sample_reader attention_input() const { return normed(before_, b_.attention_norm); }
   sample_reader o_input() const { return stored(attention_); }
-  sample_reader o_stream() const { return stored(before_); }
+  sample_reader stream_before() const { return stored(before_); }
+  sample_reader stream_between() const { return stored(middle_); }
+  sample_reader stream_after() const { return stored(after_); }
   sample_reader mlp_input() const { return normed(middle_, b_.mlp_norm); }
   sample_reader down_input() const { return stored(inner_); }
-  sample_reader down_stream() const { return stored(middle_); }
 
   void attend() {
     fill(attention_, attention_input(), [&](const float* x, float* out) {
@@ -221,9 +236,9 @@ class calibration::phases {
  private:
   index_t stream_size() const { return c_.tokens_ * c_.source_.config().hidden_size; }
 
-  static sample_reader stored(const sample_store& from) {
-    return [&from, x = std::vector<float>()](index_t i) mutable -> const float* {
-      from.read(i, x);
+  sample_reader stored(const sample_store& from) const {
+    return [this, &from, x = std::vector<float>()](index_t i) mutable -> const float* {
+      from.read(c_.exec_, i, x);
       return x.data();
     };
   }
@@ -244,7 +259,7 @@ class calibration::phases {
     std::vector<float> out(static_cast<std::size_t>(to.sample_size()));
     for (index_t i = 0; i < c_.samples_; ++i) {
       compute(input(i), out.data());
-      to.write(i, out);
+      to.write(c_.exec_, i, out);
     }
   }
   /// to[i] = from[i] + w(inputs[i])
@@ -254,11 +269,11 @@ class calibration::phases {
     std::vector<float> x;
     std::vector<float> y(static_cast<std::size_t>(stream_size()));
     for (index_t i = 0; i < c_.samples_; ++i) {
-      from.read(i, h);
-      inputs.read(i, x);
+      from.read(c_.exec_, i, h);
+      inputs.read(c_.exec_, i, x);
       w.forward(c_.exec_, x.data(), c_.tokens_, y.data());
       add(c_.exec_, y.data(), stream_size(), h.data());
-      to.write(i, h);
+      to.write(c_.exec_, i, h);
     }
   }
 
@@ -287,9 +302,18 @@ void calibration::run_block(const replace_linear& replace) {
   const auto read = [&](reader what) {
     return reader_pair{(here.*what)(), original ? ((*original).*what)() : sample_reader()};
   };
+  /// The stream around a linear that adds to it.
+  const auto around = [&](linear_kind kind, reader before, reader after) {
+    if (!original) return stream_readers();
+    std::vector<float> bias;
+    if (has_bias(config, kind)) {
+      bias = source_.vector(linear_name(block_, kind) + ".bias", config.hidden_size);
+    }
+    return stream_readers{read(before), ((*original).*after)(), std::move(bias)};
+  };
   /// Linears that share their input.
   const auto replace_all = [&](std::initializer_list<linear_kind> kinds, reader_pair input,
-                               reader_pair stream = {}) {
+                               stream_readers stream = {}) {
     const linear_kind first = *kinds.begin();
     const layer_inputs inputs(exec_, linear_name(block_, first),
                               shape_of(config, first).in_channels, samples_, tokens_,
@@ -302,11 +326,13 @@ void calibration::run_block(const replace_linear& replace) {
 
   replace_all({linear_kind::q, linear_kind::k, linear_kind::v}, read(&phases::attention_input));
   here.attend();
-  replace_all({linear_kind::o}, read(&phases::o_input), read(&phases::o_stream));
+  replace_all({linear_kind::o}, read(&phases::o_input),
+              around(linear_kind::o, &phases::stream_before, &phases::stream_between));
   here.add_attention();
   replace_all({linear_kind::gate, linear_kind::up}, read(&phases::mlp_input));
   here.multiply();
-  replace_all({linear_kind::down}, read(&phases::down_input), read(&phases::down_stream));
+  replace_all({linear_kind::down}, read(&phases::down_input),
+              around(linear_kind::down, &phases::stream_between, &phases::stream_after));
   here.add_mlp();
   ++block_;
 }

@@ -31,6 +31,19 @@ void embed(const qeft::on_host& exec, const model_source& source, const token_wi
 void require_finite_activations(const std::string& linear, qeft::index_t sample, const float* x,
                                 qeft::index_t tokens, qeft::index_t channels);
 
+/// sum.add(x), with an error that names the linear where x is not finite.
+template <class Accumulator>
+void add_sample(const qeft::on_host& exec, Accumulator& sum, const std::string& linear,
+                qeft::index_t sample, const float* x, qeft::index_t tokens,
+                qeft::index_t channels) {
+  try {
+    sum.add(exec, x, tokens);
+  } catch (const qeft::error&) {
+    require_finite_activations(linear, sample, x, tokens, channels);
+    throw;
+  }
+}
+
 /// Reads activations of a sample, (tokens, channels). The pointer is valid until the next call.
 using sample_reader = std::function<const float*(qeft::index_t sample)>;
 
@@ -40,16 +53,23 @@ struct reader_pair {
   sample_reader original;  // none where the original model does not run beside
 };
 
+/// The residual stream around a linear that adds to it.
+struct stream_readers {
+  reader_pair before;
+  sample_reader original_after;  // of the original model, the linear's output added
+  std::vector<float> bias;       // of the linear, (OC), or empty
+};
+
 /// The calibration inputs of linears that read the same activations, made when first asked for.
 class layer_inputs {
  public:
   /// @param name   of the first linear that reads them, for errors
   /// @param input  of the linears, (tokens, IC)
   /// @param stream that the output is added to, (tokens, OC); none for linears that do not write to
-  ///               it
+  ///               it, and where the original model does not run beside
   layer_inputs(const qeft::on_host& exec, std::string name, qeft::index_t in_channels,
                qeft::index_t samples, qeft::index_t tokens, reader_pair input,
-               reader_pair stream = {});
+               stream_readers stream = {});
 
   /// (IC), the diagonal of the Hessian.
   /// @throws qeft::error naming the linear when activations are not finite, or their Hessian is not
@@ -58,8 +78,8 @@ class layer_inputs {
   qeft::span<const float> hessian() const;
 
   /// M = 2/T sum (a W (x_original - x) + r (h_original - h)) x^T of METHOD section 9, (OC, IC), for
-  /// a weight W, (OC, IC): h is the stream, without which r counts as 0. Empty where the original
-  /// model does not run beside.
+  /// the original weight W, (OC, IC): h is the stream, without which r counts as 0. Empty where the
+  /// original model does not run beside.
   qeft::host_buffer<float> mismatch(qeft::span<const float> w, qeft::index_t out_channels,
                                     const qeft::solver::asymmetric_options& options) const;
 
@@ -75,7 +95,7 @@ class layer_inputs {
   qeft::index_t samples_;
   qeft::index_t tokens_;
   reader_pair input_;
-  reader_pair stream_;
+  stream_readers stream_;
   mutable std::vector<double> diagonal_;
   mutable qeft::host_buffer<float> hessian_;
   mutable qeft::host_buffer<float> input_mismatch_;  // D, shared by linears without a stream

@@ -217,15 +217,20 @@ void column_choice::choose_stream_by_hessian(const token_windows& windows,
     qeft::solver::diagonal_accumulator mlp(config_.hidden_size);
     std::vector<float> h;
     for (index_t i = 0; i < samples; ++i) {
-      stream.read(i, h);
+      stream.read(exec_, i, h);
       block_forward(exec_, config_, rope, b, tokens, 0, cache, h.data(),
                     [&](linear_kind kind, const float* x, index_t n) {
-                      require_finite_activations(linear_name(l, kind), i, x, n,
-                                                 shape_of(config_, kind).in_channels);
-                      if (kind == linear_kind::q) attention.add(exec_, x, n);
-                      if (kind == linear_kind::gate) mlp.add(exec_, x, n);
+                      const index_t channels = shape_of(config_, kind).in_channels;
+                      const std::string name = linear_name(l, kind);
+                      if (kind == linear_kind::q) {
+                        add_sample(exec_, attention, name, i, x, n, channels);
+                      } else if (kind == linear_kind::gate) {
+                        add_sample(exec_, mlp, name, i, x, n, channels);
+                      } else if (kind == linear_kind::o || kind == linear_kind::down) {
+                        require_finite_activations(name, i, x, n, channels);
+                      }
                     });
-      stream.write(i, h);
+      stream.write(exec_, i, h);
     }
     for (const linear_kind kind : {linear_kind::q, linear_kind::k, linear_kind::v}) {
       sensitivity.add(by_hessian(l, kind, attention.diagonal()));

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <memory>
 #include <set>
 #include <string>
 #include <utility>
@@ -22,6 +23,11 @@ namespace {
 
 // Tokens whose rotation is worth another thread.
 constexpr index_t rotation_grain = 16;
+
+/// Room for the activations of one call, not initialised.
+std::unique_ptr<float[]> room(index_t count) {
+  return std::unique_ptr<float[]>(new float[static_cast<std::size_t>(count)]);
+}
 
 const char* suffix_of(linear_kind kind) {
   switch (kind) {
@@ -230,62 +236,63 @@ void attend(const qeft::on_host& exec, const model_config& config, const rope_ta
   const index_t heads = config.num_attention_heads;
   const index_t dim = config.head_dim;
   const index_t value_heads = config.num_key_value_heads;
-  std::vector<float> q(static_cast<std::size_t>(tokens * heads * dim));
-  std::vector<float> k(static_cast<std::size_t>(tokens * value_heads * dim));
-  std::vector<float> v(k.size());
-  b.q.forward(exec, x, tokens, q.data());
-  b.k.forward(exec, x, tokens, k.data());
-  b.v.forward(exec, x, tokens, v.data());
+  const auto q = room(tokens * heads * dim);
+  const auto k = room(tokens * value_heads * dim);
+  const auto v = room(tokens * value_heads * dim);
+  b.q.forward(exec, x, tokens, q.get());
+  b.k.forward(exec, x, tokens, k.get());
+  b.v.forward(exec, x, tokens, v.get());
   exec.parallel_for(tokens, rotation_grain, [&](index_t begin, index_t end) {
     for (index_t t = begin; t < end; ++t) {
-      float* keys = k.data() + t * value_heads * dim;
-      for (index_t h = 0; h < heads; ++h) rope.rotate(q.data() + (t * heads + h) * dim, first + t);
+      float* keys = k.get() + t * value_heads * dim;
+      for (index_t h = 0; h < heads; ++h) rope.rotate(q.get() + (t * heads + h) * dim, first + t);
       for (index_t h = 0; h < value_heads; ++h) rope.rotate(keys + h * dim, first + t);
-      cache.store(first + t, keys, v.data() + t * value_heads * dim);
+      cache.store(first + t, keys, v.get() + t * value_heads * dim);
     }
   });
-  causal_attention(exec, cache, heads, q.data(), tokens, first, b.window, out);
+  causal_attention(exec, cache, heads, q.get(), tokens, first, b.window, out);
 }
 
 void mlp_inner(const qeft::on_host& exec, const block& b, const float* x, index_t tokens,
                float* out) {
-  std::vector<float> up(static_cast<std::size_t>(tokens * b.up.out_channels()));
+  const index_t size = tokens * b.up.out_channels();
+  const auto up = room(size);
   b.gate.forward(exec, x, tokens, out);
-  b.up.forward(exec, x, tokens, up.data());
-  swiglu(exec, out, up.data(), static_cast<index_t>(up.size()));
+  b.up.forward(exec, x, tokens, up.get());
+  swiglu(exec, out, up.get(), size);
 }
 
 void block_forward(const qeft::on_host& exec, const model_config& config, const rope_table& rope,
                    const block& b, index_t tokens, index_t first, block_cache& cache, float* stream,
                    const activation_tap& tap) {
-  const auto see = [&](linear_kind kind, const std::vector<float>& x) {
-    if (tap) tap(kind, x.data(), tokens);
+  const auto see = [&](linear_kind kind, const float* x) {
+    if (tap) tap(kind, x, tokens);
   };
-  const auto floats = [&](index_t channels) {
-    return std::vector<float>(static_cast<std::size_t>(tokens * channels));
-  };
+  const index_t size = tokens * config.hidden_size;
   const auto epsilon = static_cast<float>(config.rms_norm_eps);
-  std::vector<float> x = floats(config.hidden_size);
-  std::vector<float> sum = floats(config.hidden_size);
+  const auto x = room(size);
+  const auto sum = room(size);
 
-  rms_norm(exec, stream, b.attention_norm.data(), epsilon, tokens, config.hidden_size, x.data());
-  see(linear_kind::q, x);
-  see(linear_kind::k, x);
-  see(linear_kind::v, x);
-  std::vector<float> inner = floats(config.num_attention_heads * config.head_dim);
-  attend(exec, config, rope, b, x.data(), tokens, first, cache, inner.data());
-  see(linear_kind::o, inner);
-  b.o.forward(exec, inner.data(), tokens, sum.data());
-  add(exec, sum.data(), static_cast<index_t>(sum.size()), stream);
+  rms_norm(exec, stream, b.attention_norm.data(), epsilon, tokens, config.hidden_size, x.get());
+  see(linear_kind::q, x.get());
+  see(linear_kind::k, x.get());
+  see(linear_kind::v, x.get());
+  {
+    const auto mixed = room(tokens * config.num_attention_heads * config.head_dim);
+    attend(exec, config, rope, b, x.get(), tokens, first, cache, mixed.get());
+    see(linear_kind::o, mixed.get());
+    b.o.forward(exec, mixed.get(), tokens, sum.get());
+  }
+  add(exec, sum.get(), size, stream);
 
-  rms_norm(exec, stream, b.mlp_norm.data(), epsilon, tokens, config.hidden_size, x.data());
-  see(linear_kind::gate, x);
-  see(linear_kind::up, x);
-  inner = floats(config.intermediate_size);
-  mlp_inner(exec, b, x.data(), tokens, inner.data());
-  see(linear_kind::down, inner);
-  b.down.forward(exec, inner.data(), tokens, sum.data());
-  add(exec, sum.data(), static_cast<index_t>(sum.size()), stream);
+  rms_norm(exec, stream, b.mlp_norm.data(), epsilon, tokens, config.hidden_size, x.get());
+  see(linear_kind::gate, x.get());
+  see(linear_kind::up, x.get());
+  const auto inner = room(tokens * config.intermediate_size);
+  mlp_inner(exec, b, x.get(), tokens, inner.get());
+  see(linear_kind::down, inner.get());
+  b.down.forward(exec, inner.get(), tokens, sum.get());
+  add(exec, sum.get(), size, stream);
 }
 
 llama_model::llama_model(const qeft::on_host& exec, const model_source& source,

@@ -172,8 +172,10 @@ void add_quantize(CLI::App& command, quantize_options& o, preset& chosen, std::s
 int main(int argc, char** argv) {
 #if defined(__GLIBC__)
   // Freed layers go back to the system. Otherwise the limit grows with what is freed, the heap
-  // keeps blocks of layers, and memory grows with their number.
+  // keeps blocks of layers, and memory grows with their number. Smaller blocks, activations, stay:
+  // to give them back and fault them in again would take a tenth of the time.
   ::mallopt(M_MMAP_THRESHOLD, 4 << 20);
+  ::mallopt(M_TRIM_THRESHOLD, 64 << 20);
 #endif
   // Not through stdio: a thread that a signal stopped may hold its lock.
   qeft::io::set_notice_handler(

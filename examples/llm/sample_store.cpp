@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <string>
@@ -38,34 +39,55 @@ void sample_store::fail_io(const char* what, int cause) const {
                            (cause == 0 ? "unexpected end of file" : std::strerror(cause)));
 }
 
-void sample_store::read(index_t sample, std::vector<float>& x) const {
-  x.resize(static_cast<std::size_t>(sample_size_));
-  auto* data = reinterpret_cast<char*>(x.data());
-  auto left = static_cast<std::size_t>(sample_size_) * sizeof(float);
-  auto at = static_cast<off_t>(sample * sample_size_) * 4;
-  while (left > 0) {
-    const ssize_t got = ::pread(file_, data, left, at);
-    if (got <= 0) fail_io("read", got == 0 ? 0 : errno);
-    data += got;
-    at += got;
-    left -= static_cast<std::size_t>(got);
-  }
+namespace {
+
+/// body(first byte, bytes) for pieces of a sample. Copies from and to the page cache are worth
+/// sharing out: activations are read more often than they are computed.
+template <class Body>
+void for_pieces(const qeft::on_host& exec, index_t bytes, const Body& body) {
+  constexpr index_t piece = 1 << 18;
+  exec.parallel_for(qeft::ceil_div(bytes, piece), 1, [&](index_t begin, index_t end) {
+    body(begin * piece, std::min(end * piece, bytes) - begin * piece);
+  });
 }
 
-void sample_store::write(index_t sample, const std::vector<float>& x) {
+}  // namespace
+
+void sample_store::read(const qeft::on_host& exec, index_t sample, std::vector<float>& x) const {
+  x.resize(static_cast<std::size_t>(sample_size_));
+  for_pieces(exec, sample_size_ * 4, [&](index_t at, index_t bytes) {
+    read_bytes(sample * sample_size_ * 4 + at, bytes, reinterpret_cast<char*>(x.data()) + at);
+  });
+}
+
+void sample_store::write(const qeft::on_host& exec, index_t sample, const std::vector<float>& x) {
   if (static_cast<index_t>(x.size()) != sample_size_) {
     fail(errc::invalid_argument, "sample_store::write: x has " + std::to_string(x.size()) +
                                      " floats, but a sample has " + std::to_string(sample_size_));
   }
-  const auto* data = reinterpret_cast<const char*>(x.data());
-  auto left = x.size() * sizeof(float);
-  auto at = static_cast<off_t>(sample * sample_size_) * 4;
-  while (left > 0) {
-    const ssize_t put = ::pwrite(file_, data, left, at);
+  for_pieces(exec, sample_size_ * 4, [&](index_t at, index_t bytes) {
+    write_bytes(sample * sample_size_ * 4 + at, bytes,
+                reinterpret_cast<const char*>(x.data()) + at);
+  });
+}
+
+void sample_store::read_bytes(index_t at, index_t bytes, char* to) const {
+  while (bytes > 0) {
+    const ssize_t got = ::pread(file_, to, static_cast<std::size_t>(bytes), at);
+    if (got <= 0) fail_io("read", got == 0 ? 0 : errno);
+    to += got;
+    at += got;
+    bytes -= got;
+  }
+}
+
+void sample_store::write_bytes(index_t at, index_t bytes, const char* from) {
+  while (bytes > 0) {
+    const ssize_t put = ::pwrite(file_, from, static_cast<std::size_t>(bytes), at);
     if (put < 0) fail_io("write", errno);
-    data += put;
+    from += put;
     at += put;
-    left -= static_cast<std::size_t>(put);
+    bytes -= put;
   }
 }
 

@@ -5,7 +5,7 @@
 #include <filesystem>
 #include <vector>
 
-#include "qeft/core/config.hpp"
+#include "qeft/core/on_host.hpp"
 
 namespace qeft_llm {
 
@@ -24,13 +24,15 @@ class sample_store {
   qeft::index_t sample_size() const noexcept { return sample_size_; }
 
   /// The floats of a sample; a sample never written is zero.
-  void read(qeft::index_t sample, std::vector<float>& x) const;
+  void read(const qeft::on_host& exec, qeft::index_t sample, std::vector<float>& x) const;
   /// @pre x has sample_size floats; a full disk throws qeft::error
-  void write(qeft::index_t sample, const std::vector<float>& x);
+  void write(const qeft::on_host& exec, qeft::index_t sample, const std::vector<float>& x);
   /// Returns when everything written is on the disk.
   void sync();
 
  private:
+  void read_bytes(qeft::index_t at, qeft::index_t bytes, char* to) const;
+  void write_bytes(qeft::index_t at, qeft::index_t bytes, const char* from);
   [[noreturn]] void fail_io(const char* what, int cause) const;
 
   std::filesystem::path path_;

@@ -56,15 +56,16 @@ class activation_source {
   /// Reads the activations of one token in the kernel's order, from slot 0 on.
   class reader {
    public:
+    reader() = default;
     reader(const activation_source& source, index_t token)
-        : source_(source), row_(token * source.in_channels_), run_(source.runs_) {}
+        : source_(&source), row_(token * source.in_channels_), run_(source.runs_) {}
 
     /// The next `count` activations.
     void read(index_t count, float* to) {
       while (count > 0) {
         const index_t left = run_->count - used_;
         const index_t here = count < left ? count : left;
-        source_.convert_(source_.x_, row_ + run_->column + used_, here, to);
+        source_->convert_(source_->x_, row_ + run_->column + used_, here, to);
         to += here;
         count -= here;
         used_ += here;
@@ -76,9 +77,9 @@ class activation_source {
     }
 
    private:
-    const activation_source& source_;
-    index_t row_;
-    const activation_run* run_;
+    const activation_source* source_ = nullptr;
+    index_t row_ = 0;
+    const activation_run* run_ = nullptr;
     index_t used_ = 0;  // of the run
   };
 

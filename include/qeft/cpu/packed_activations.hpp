@@ -33,9 +33,7 @@ class packed_activations {
             index_t tokens) {
     tokens_ = tokens;
     exec.parallel_for(tokens, Isa::tokens, [&](index_t begin, index_t end) {
-      for (index_t token = begin; token < end; ++token) {
-        pack_token(activation_source::reader(source, first + token), how, token);
-      }
+      for (; begin < end; begin += Isa::tokens) pack_block(source, how, first, begin);
     });
   }
 
@@ -61,28 +59,36 @@ class packed_activations {
   }
 
  private:
-  void pack_token(activation_source::reader source, const packing& how, index_t token) {
-    constexpr index_t max_columns = chunk_list::max_columns;
-    const index_t block = token / Isa::tokens * Isa::tokens;
-    const index_t stride = block_tokens(block);
-    const index_t lane = token - block;
+  static constexpr index_t max_columns = chunk_list::max_columns;
 
-    value_type* out = dense_values_.data() + block * padded_ + lane * Activation::columns_together;
-    const index_t first_sum = block * chunks_.count() + lane;
+  /// Packs the block that starts at token `block`. A chunk of all its tokens before the next chunk:
+  /// their values lie side by side.
+  void pack_block(const activation_source& source, const packing& how, index_t first,
+                  index_t block) {
+    const index_t stride = block_tokens(block);
+    activation_source::reader token[Isa::tokens];
+    for (index_t t = 0; t < stride; ++t) token[t] = {source, first + block + t};
+
+    value_type* out = dense_values_.data() + block * padded_;
     for (index_t i = 0; i < chunks_.count(); ++i) {
       const auto chunk = chunks_[i];
-      alignas(64) float x[max_columns] = {};
-      source.read(chunk.columns, x);
-      Activation::pack(x, round_up(chunk.columns, tile_columns), how, out + chunk.first * stride,
-                       stride, sums_.data()[first_sum + i * stride],
-                       steps_.data()[first_sum + i * stride]);
+      const index_t at = block * chunks_.count() + i * stride;
+      for (index_t t = 0; t < stride; ++t) {
+        alignas(64) float x[max_columns] = {};
+        token[t].read(chunk.columns, x);
+        Activation::pack(x, round_up(chunk.columns, tile_columns), how,
+                         out + chunk.first * stride + t * Activation::columns_together, stride,
+                         sums_.data()[at + t], steps_.data()[at + t]);
+      }
     }
-    float* weak = weak_values_.data() + block * weak_ + lane;
+    float* weak = weak_values_.data() + block * weak_;
     for (index_t j = 0; j < weak_; j += max_columns) {
-      float x[max_columns];
       const index_t columns = weak_ - j < max_columns ? weak_ - j : max_columns;
-      source.read(columns, x);
-      for (index_t c = 0; c < columns; ++c) weak[(j + c) * stride] = x[c];
+      for (index_t t = 0; t < stride; ++t) {
+        float x[max_columns];
+        token[t].read(columns, x);
+        for (index_t c = 0; c < columns; ++c) weak[(j + c) * stride + t] = x[c];
+      }
     }
   }
 
