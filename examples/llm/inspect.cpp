@@ -101,6 +101,13 @@ nlohmann::ordered_json to_json(const layer_row& r) {
   return j;
 }
 
+/// The adapters that `merge` added, a list that may be empty.
+nlohmann::json adapters_of(const model_config& config) {
+  const auto found = config.source.find("qeft_adapters");
+  const bool is_list = found != config.source.end() && found->is_array();
+  return is_list ? *found : nlohmann::json::array();
+}
+
 }  // namespace
 
 int run_inspect(const std::string& path, bool json) {
@@ -126,6 +133,7 @@ int run_inspect(const std::string& path, bool json) {
                                   {"weights", weights},
                                   {"bytes", bytes},
                                   {"bits_per_weight", 8 * bytes / weights},
+                                  {"adapters", adapters_of(config)},
                                   {"layers", nlohmann::ordered_json::array()}};
     for (const layer_row& r : rows) all["layers"].push_back(to_json(r));
     std::printf("%s\n", all.dump().c_str());
@@ -136,6 +144,9 @@ int run_inspect(const std::string& path, bool json) {
   for (const layer_row& r : rows) print_row(r);
   std::printf("linear layers: %.1f M weights, %.1f MiB, %.3f bits per weight\n", weights / 1e6,
               bytes / 1048576, 8 * bytes / weights);
+  for (const nlohmann::json& adapter : adapters_of(config)) {
+    std::printf("merged adapter: %s\n", qeft::io::dump_json(adapter).c_str());
+  }
   return 0;
 }
 

@@ -15,6 +15,7 @@
 #endif
 
 #include "commands.hpp"
+#include "merge.hpp"
 #include "preset.hpp"
 #include "qeft/core/status.hpp"
 #include "qeft/io/notice.hpp"
@@ -167,6 +168,22 @@ void add_quantize(CLI::App& command, quantize_options& o, preset& chosen, std::s
   command.add_flag("--json", o.json, "print a JSON object that describes the result");
 }
 
+void add_merge(CLI::App& command, merge_options& o) {
+  command.add_option("--model", o.model, "QEFT or full-precision model directory")->required();
+  command.add_option("--out", o.out, "directory to write")->required();
+  // One value at a time: the n-th weight is that of the n-th adapter.
+  command.add_option("--adapter", o.adapters, "adapter file; may be given several times")
+      ->required()
+      ->take_all()
+      ->allow_extra_args(false);
+  command.add_option("--weight", o.weights, "of each --adapter, in their order; all 1 by default")
+      ->take_all()
+      ->allow_extra_args(false);
+  command.add_flag("--skip-missing", o.skip_missing,
+                   "leave out columns of the adapters that are not weak in the model");
+  add_json(command, o.json);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -251,6 +268,16 @@ int main(int argc, char** argv) {
   inspect_command->add_option("model", inspected, "directory or config.json")->required();
   add_json(*inspect_command, inspect_json);
 
+  merge_options merge;
+  CLI::App* merge_command = app.add_subcommand("merge", "add adapters to a model");
+  add_merge(*merge_command, merge);
+
+  unmerge_options unmerge;
+  CLI::App* unmerge_command =
+      app.add_subcommand("unmerge", "the model that merge started from, bit for bit");
+  unmerge_command->add_option("--model", unmerge.model, "directory that merge wrote")->required();
+  unmerge_command->add_option("--out", unmerge.out, "directory to write")->required();
+
   CLI11_PARSE(app, argc, argv);
   try {
     if (device == "cuda") {
@@ -265,6 +292,8 @@ int main(int argc, char** argv) {
     if (*generate_command) result = run_generate(generate);
     if (*perplexity_command) result = run_perplexity(perplexity);
     if (*inspect_command) result = run_inspect(inspected, inspect_json);
+    if (*merge_command) result = run_merge(merge);
+    if (*unmerge_command) result = run_unmerge(unmerge);
     if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
       qeft::fail(qeft::errc::io_error, "cannot write to the standard output");
     }

@@ -12,6 +12,7 @@
 #include "llama.hpp"
 #include "progress.hpp"
 #include "qeft/core/version.hpp"
+#include "qeft/io/adapter.hpp"
 #include "qeft/io/atomic_directory.hpp"
 #include "qeft/solver/quantize_layer.hpp"
 #include "quantize_check.hpp"
@@ -136,8 +137,10 @@ class quantizer {
     }
     if (o_.chooses_ahead()) choose_columns(windows);
     quantize_blocks(windows);
+    json how = describe(o_);
+    how["model_fingerprint"] = qeft::io::weights_fingerprint(source_.weights().reader());
     const auto written =
-        write_quantized_model(out.partial(), o_, source_, columns_, *work_, side, describe(o_));
+        write_quantized_model(out.partial(), o_, source_, columns_, *work_, side, std::move(how));
     done("model");
     work_->remove();
     out.commit();

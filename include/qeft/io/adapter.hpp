@@ -58,38 +58,65 @@ inline std::string weights_fingerprint(const safetensors_reader& reader) {
   return to_hex(sum);
 }
 
+/// Element i of an F16, BF16, F32 or F64 tensor. @pre in range
+inline double number_at(dtype type, const std::byte* data, index_t i) noexcept {
+  switch (type) {
+    case dtype::f16:
+      return static_cast<double>(to_float(detail::load<half_bits>(data, i)));
+    case dtype::bf16:
+      return static_cast<double>(to_float(detail::load<bf16_bits>(data, i)));
+    case dtype::f32:
+      return static_cast<double>(detail::load<float>(data, i));
+    default:
+      return detail::load<double>(data, i);
+  }
+}
+
 namespace detail {
 
-/// The float next to `x`, on the side where the last bit is 1, or `x` where floats hold it. To
-/// round this to 16 bits rounds `x` itself once: no tie appears that `x` was not.
+/// The float next to `x`, on the side where the last bit is 1, or `x` where floats hold it.
+/// Rounding it to 16 bits rounds `x` once: it is a tie only where `x` is.
 inline float round_to_odd(double x) noexcept {
   const auto nearest = static_cast<float>(x);
   const auto back = static_cast<double>(nearest);
   const std::uint32_t bits = qeft::detail::float_to_bits(nearest);
-  if (!(back != x) || x != x || (bits & 1U) != 0) return nearest;
+  if (back == x || std::isnan(x) || (bits & 1U) != 0) return nearest;
   return qeft::detail::bits_to_float(std::abs(back) > std::abs(x) ? bits - 1U : bits + 1U);
 }
 
-inline float weak_value(scalar_kind scalar, std::uint16_t bits) noexcept {
-  return scalar == scalar_kind::half ? to_float(half_bits{bits}) : to_float(bf16_bits{bits});
-}
-inline std::uint16_t weak_bits(scalar_kind scalar, double value) noexcept {
-  const float x = round_to_odd(value);
-  return scalar == scalar_kind::half ? from_float<half_bits>(x).bits
-                                     : from_float<bf16_bits>(x).bits;
+}  // namespace detail
+
+/// The counterpart of number_at: rounds once, to nearest even. What overflows becomes infinity.
+inline void store_number(dtype type, double value, std::byte* data, index_t i) noexcept {
+  const auto store = [&](const auto& x) {
+    std::memcpy(data + i * static_cast<index_t>(sizeof(x)), &x, sizeof(x));
+  };
+  switch (type) {
+    case dtype::f16:
+      return store(from_float<half_bits>(detail::round_to_odd(value)));
+    case dtype::bf16:
+      return store(from_float<bf16_bits>(detail::round_to_odd(value)));
+    case dtype::f32:
+      return store(static_cast<float>(value));
+    default:
+      return store(value);
+  }
 }
 
-/// The float d for which `initial` + d, rounded once, is `tuned`: almost always their difference.
-/// Negative zeros need its neighbours. Nothing where there is none.
-inline std::optional<float> find_delta(scalar_kind scalar, std::uint16_t initial,
-                                       std::uint16_t tuned) noexcept {
-  const auto from = static_cast<double>(weak_value(scalar, initial));
-  const auto to = static_cast<double>(weak_value(scalar, tuned));
-  const auto nearest = static_cast<float>(to - from);
+namespace detail {
+
+/// The float d for which `initial` + d, rounded once, is `tuned`, two 16-bit numbers: almost always
+/// their difference, but negative zeros need what is next to it. Nothing where there is none.
+inline std::optional<float> find_delta(dtype type, const std::byte* initial,
+                                       const std::byte* tuned) noexcept {
+  const double from = number_at(type, initial, 0);
+  const auto nearest = static_cast<float>(number_at(type, tuned, 0) - from);
   constexpr float infinity = std::numeric_limits<float>::infinity();
   for (const float d : {nearest, nearest == 0 ? -0.0F : nearest, std::nextafter(nearest, -infinity),
                         std::nextafter(nearest, infinity)}) {
-    if (weak_bits(scalar, from + static_cast<double>(d)) == tuned) return d;
+    std::byte sum[2];
+    store_number(type, from + static_cast<double>(d), sum, 0);
+    if (std::memcmp(sum, tuned, 2) == 0) return d;
   }
   return std::nullopt;
 }
@@ -109,6 +136,7 @@ inline std::optional<float> find_delta(scalar_kind scalar, std::uint16_t initial
 inline adapter_linear make_adapter_linear(const std::string& name, const stored_linear& base,
                                           span<const std::byte> tuned, const permutation* rows) {
   const matrix_descriptor& d = base.matrix.descriptor();
+  const dtype type = dtype_of(d.scalar);
   const index_t k = d.weak_columns;
   if (tuned.size() != base.matrix.weak().size() ||
       (rows != nullptr && rows->size() != d.out_channels)) {
@@ -126,15 +154,14 @@ inline adapter_linear make_adapter_linear(const std::string& name, const stored_
   for (index_t n = 0; n < d.out_channels; ++n) {
     const index_t row = rows == nullptr ? n : (*rows)[n];
     for (index_t j = 0; j < k; ++j) {
-      const auto initial = detail::load<std::uint16_t>(base.matrix.weak().data(), n * k + j);
-      const auto after = detail::load<std::uint16_t>(tuned.data(), n * k + j);
-      const std::optional<float> delta = detail::find_delta(d.scalar, initial, after);
+      const std::byte* initial = base.matrix.weak().data() + 2 * (n * k + j);
+      const std::byte* after = tuned.data() + 2 * (n * k + j);
+      const std::optional<float> delta = detail::find_delta(type, initial, after);
       if (!delta) {
-        fail(errc::unsupported,
-             text("make_adapter_linear: ", name, ", row ", row, ", column ",
-                  base.weak_index[static_cast<std::size_t>(j)], ": tuned is ",
-                  std::to_string(detail::weak_value(d.scalar, after)), ", but no float added to ",
-                  std::to_string(detail::weak_value(d.scalar, initial)), " gives it"));
+        fail(errc::unsupported, text("make_adapter_linear: ", name, ", row ", row, ", column ",
+                                     base.weak_index[static_cast<std::size_t>(j)], ": tuned is ",
+                                     number_at(type, after, 0), ", but no float added to ",
+                                     number_at(type, initial, 0), " gives it"));
       }
       result.delta[static_cast<std::size_t>(row * k + j)] = *delta;
     }
