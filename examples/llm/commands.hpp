@@ -66,8 +66,8 @@ int run_perplexity(const perplexity_options& options);
 ///
 /// With json, one object: model_type, weights, bytes and bits_per_weight of all linears, adapters
 /// (what `merge` added: qeft_adapters of config.json) and layers, a list of name, out_channels,
-/// in_channels, bits, bits_per_weight and, of a quantised one, group_size, zero, weak, weak_columns,
-/// error (E) and rtn_error (null where the quantiser recorded none).
+/// in_channels, bits, bits_per_weight and, of a quantised one, group_size, zero, weak,
+/// weak_columns, error (E) and rtn_error (null where the quantiser recorded none).
 /// @param path a model directory or its config.json
 int run_inspect(const std::string& path, bool json);
 
