@@ -364,7 +364,7 @@ class merger {
         double value = io::number_at(t.type, t.data.data(), n * t.shape[1] + column);
         io::store_number(t.type, value, before.values.data(), i);
         for (const term& x : all) {
-          value += x.weight * static_cast<double>(x.linear->at(row, x.column));
+          value += x.weight * x.linear->at(row, x.column);
         }
         io::store_number(t.type, value, after.values.data(), i);
         if (!std::isfinite(io::number_at(t.type, after.values.data(), i))) {

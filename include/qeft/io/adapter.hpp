@@ -33,9 +33,9 @@ struct adapter_linear {
   index_t out_channels = 0;
   index_t in_channels = 0;
   std::vector<std::int32_t> columns;  // (k), ascending, of the original model
-  std::vector<float> delta;           // (OC, k) row-major, rows of the original model
+  std::vector<double> delta;          // (OC, k) row-major, rows of the original model
 
-  float at(index_t row, index_t j) const noexcept {
+  double at(index_t row, index_t j) const noexcept {
     return delta[static_cast<std::size_t>(row * static_cast<index_t>(columns.size()) + j)];
   }
 };
@@ -105,17 +105,23 @@ inline void store_number(dtype type, double value, std::byte* data, index_t i) n
 
 namespace detail {
 
-/// The float d for which `initial` + d, rounded once, is `tuned`, two 16-bit numbers: almost always
-/// their difference, but negative zeros need what is next to it. Nothing where there is none.
-inline std::optional<float> find_delta(dtype type, const std::byte* initial,
-                                       const std::byte* tuned) noexcept {
+/// The number d for which `initial` + d, rounded once, is `tuned`, two 16-bit numbers: a float where
+/// one does, which is almost always their difference. A negative zero needs what is next to it.
+/// Nothing where there is none.
+inline std::optional<double> find_delta(dtype type, const std::byte* initial,
+                                        const std::byte* tuned) noexcept {
   const double from = number_at(type, initial, 0);
-  const auto nearest = static_cast<float>(number_at(type, tuned, 0) - from);
-  constexpr float infinity = std::numeric_limits<float>::infinity();
-  for (const float d : {nearest, nearest == 0 ? -0.0F : nearest, std::nextafter(nearest, -infinity),
-                        std::nextafter(nearest, infinity)}) {
+  const double exact = number_at(type, tuned, 0) - from;
+  const auto nearest = static_cast<float>(exact);
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  const auto next = [](auto x, double to) {
+    return static_cast<double>(std::nextafter(x, static_cast<decltype(x)>(to)));
+  };
+  for (const double d :
+       {static_cast<double>(nearest), exact == 0 ? -0.0 : 0.0, next(nearest, -infinity),
+        next(nearest, infinity), exact, next(exact, -infinity), next(exact, infinity)}) {
     std::byte sum[2];
-    store_number(type, from + static_cast<double>(d), sum, 0);
+    store_number(type, from + d, sum, 0);
     if (std::memcmp(sum, tuned, 2) == 0) return d;
   }
   return std::nullopt;
@@ -131,8 +137,8 @@ inline std::optional<float> find_delta(dtype type, const std::byte* initial,
 ///              base.matrix.weak()
 /// @param rows  row i of the matrix is row rows[i] of the original model; null when equal
 /// @throws errc::invalid_argument for sizes that differ; errc::not_finite for NaN and infinity;
-///         errc::unsupported, naming row, column and both values, where no float leads from one to
-///         the other: FP16 values that differ by more than 2^24 units of the smaller
+///         errc::unsupported, naming row, column and both values, where no number leads from one to
+///         the other: BF16 values that differ by more than 2^45 units of the smaller
 inline adapter_linear make_adapter_linear(const std::string& name, const stored_linear& base,
                                           span<const std::byte> tuned, const permutation* rows) {
   const matrix_descriptor& d = base.matrix.descriptor();
@@ -156,11 +162,11 @@ inline adapter_linear make_adapter_linear(const std::string& name, const stored_
     for (index_t j = 0; j < k; ++j) {
       const std::byte* initial = base.matrix.weak().data() + 2 * (n * k + j);
       const std::byte* after = tuned.data() + 2 * (n * k + j);
-      const std::optional<float> delta = detail::find_delta(type, initial, after);
+      const std::optional<double> delta = detail::find_delta(type, initial, after);
       if (!delta) {
         fail(errc::unsupported, text("make_adapter_linear: ", name, ", row ", row, ", column ",
                                      base.weak_index[static_cast<std::size_t>(j)], ": tuned is ",
-                                     number_at(type, after, 0), ", but no float added to ",
+                                     number_at(type, after, 0), ", but no number added to ",
                                      number_at(type, initial, 0), " gives it"));
       }
       result.delta[static_cast<std::size_t>(row * k + j)] = *delta;
@@ -188,10 +194,20 @@ inline std::string adapter_linear_error(const adapter_linear& l) {
     return text("delta has ", l.delta.size(), " elements, but ", l.out_channels, " x ", k,
                 " are needed");
   }
-  if (const index_t bad = find_not_finite(l.delta); bad >= 0) {
-    return text("delta holds a NaN or infinity at flat index ", bad);
+  for (std::size_t i = 0; i < l.delta.size(); ++i) {
+    if (!std::isfinite(l.delta[i])) {
+      return text("delta holds a NaN or infinity at flat index ", i);
+    }
   }
   return {};
+}
+
+/// F32 where it holds these numbers, else F64.
+inline dtype delta_type(const std::vector<double>& delta) noexcept {
+  for (const double d : delta) {
+    if (static_cast<double>(static_cast<float>(d)) != d) return dtype::f64;
+  }
+  return dtype::f32;
 }
 
 inline const std::string& adapter_entry(const safetensors_file& file, const char* key) {
@@ -217,22 +233,23 @@ inline void check_adapter_kind(const safetensors_file& file) {
 }
 
 /// The shape of a linear, as the metadata has it: [OC, IC].
-inline adapter_linear shape_from_json(const nlohmann::json& entry, const std::string& where) {
+inline adapter_linear shape_from_json(const std::string& name, const nlohmann::json& entry,
+                                      const std::string& where) {
   constexpr std::uint64_t limit = std::uint64_t{1} << 30U;
   const auto is_size = [&](const nlohmann::json& n) {
     return n.is_number_unsigned() && n.get<std::uint64_t>() >= 1 && n.get<std::uint64_t>() <= limit;
   };
   if (!entry.is_array() || entry.size() != 2 || !is_size(entry[0]) || !is_size(entry[1])) {
-    fail_corrupt(where,
-                 "is " + dump_json(entry) + ", but must be [OC, IC], integers from 1 to 2^30");
+    fail_corrupt(where, "'" + name + "' is " + dump_json(entry) +
+                            ", but must be [OC, IC], integers from 1 to 2^30");
   }
   return {entry[0].get<index_t>(), entry[1].get<index_t>(), {}, {}};
 }
 
 }  // namespace detail
 
-/// Writes an adapter as one safetensors file: for each linear NAME.delta (F32, (OC, k)) and
-/// NAME.columns (I32, (k)); fingerprints, architecture and shapes in the metadata. Throws
+/// Writes an adapter as one safetensors file: for each linear NAME.delta (F32, or F64 where
+/// F32 loses; (OC, k)) and NAME.columns (I32, (k)); fingerprints, architecture and shapes in the metadata. Throws
 /// errc::invalid_argument, naming the linear, for what breaks a rule, and errc::io_error; then a
 /// file that was there is as it was.
 inline void write_adapter(const std::filesystem::path& path, const adapter& a) {
@@ -248,7 +265,12 @@ inline void write_adapter(const std::filesystem::path& path, const adapter& a) {
       fail(errc::invalid_argument, "write_adapter: " + name + ": " + broken);
     }
     const auto k = static_cast<index_t>(linear.columns.size());
-    writer.add(name + ".delta", dtype::f32, {linear.out_channels, k}, as_bytes(linear.delta));
+    const dtype type = detail::delta_type(linear.delta);
+    std::vector<std::byte> delta(linear.delta.size() * static_cast<std::size_t>(size_of(type)));
+    for (index_t i = 0; i < linear.out_channels * k; ++i) {
+      store_number(type, linear.delta[static_cast<std::size_t>(i)], delta.data(), i);
+    }
+    writer.add(name + ".delta", type, {linear.out_channels, k}, std::move(delta));
     add_i32(writer, name + ".columns", linear.columns);
     shapes[name] = {linear.out_channels, linear.in_channels};
   }
@@ -257,8 +279,8 @@ inline void write_adapter(const std::filesystem::path& path, const adapter& a) {
 }
 
 /// The counterpart of write_adapter. Throws errc::io_error, errc::unsupported for another version,
-/// and errc::corrupt_file or errc::not_finite, naming file, tensor and rule, for whatever else is
-/// not as write_adapter leaves it.
+/// and errc::corrupt_file, naming file, tensor and rule, for whatever else is not as write_adapter
+/// leaves it.
 inline adapter read_adapter(const std::filesystem::path& path) {
   std::error_code unknown;  // then opening says why
   if (std::filesystem::is_directory(path, unknown)) {
@@ -277,15 +299,15 @@ inline adapter read_adapter(const std::filesystem::path& path) {
   if (!shapes.is_object()) fail_corrupt(where, "must be an object, not " + dump_json(shapes));
   std::set<std::string> expected;
   for (const auto& [name, entry] : shapes.items()) {
-    adapter_linear linear = detail::shape_from_json(entry, where + ": '" + name + "'");
+    adapter_linear linear = detail::shape_from_json(name, entry, where);
     const std::vector<index_t>& listed = reader.at(name + ".columns").shape;
     const index_t k = listed.empty() ? 0 : listed[0];
     linear.columns = read_i32(reader, name + ".columns", k);
-    const tensor_view& delta = reader.at(name + ".delta", dtype::f32, {linear.out_channels, k});
-    linear.delta = to_floats(delta);
-    if (const index_t bad = find_not_finite(linear.delta); bad >= 0) {
-      fail(errc::not_finite, file.where() + ": tensor '" + delta.name +
-                                 "' holds a NaN or infinity at flat index " + std::to_string(bad));
+    const tensor_view& stored = reader.at(name + ".delta");
+    const dtype type = stored.type == dtype::f64 ? dtype::f64 : dtype::f32;
+    const tensor_view& delta = reader.at(name + ".delta", type, {linear.out_channels, k});
+    for (index_t i = 0; i < delta.elements(); ++i) {
+      linear.delta.push_back(number_at(type, delta.data.data(), i));
     }
     if (const std::string broken = detail::adapter_linear_error(linear); !broken.empty()) {
       fail_corrupt(file.where(), "linear '" + name + "': " + broken);
