@@ -330,8 +330,9 @@ TEST_CASE("several adapters with weights are one sum in double, rounded once") {
   const weak_values initial = w.weak_of("base");
   const weak_values merged = w.weak_of("out");
   double worst = 0;
-  for (const auto& [name, values] : merged) {
-    for (std::size_t i = 0; i < values.size(); ++i) {
+  for (const auto& entry : merged) {
+    const std::string& name = entry.first;
+    for (std::size_t i = 0; i < entry.second.size(); ++i) {
       const auto delta = [&](const weak_values& tuned) {
         const auto found = tuned.find(name);
         if (found == tuned.end()) return 0.0;
@@ -340,7 +341,7 @@ TEST_CASE("several adapters with weights are one sum in double, rounded once") {
       };
       const double sum =
           static_cast<double>(initial.at(name)[i]) + 0.3 * delta(first) - 0.7 * delta(second);
-      worst = std::max(worst, std::abs(static_cast<double>(values[i]) - sum) /
+      worst = std::max(worst, std::abs(static_cast<double>(entry.second[i]) - sum) /
                                   (std::abs(sum) * 0x1p-11 + 0x1p-25));
     }
   }
