@@ -105,9 +105,9 @@ inline void store_number(dtype type, double value, std::byte* data, index_t i) n
 
 namespace detail {
 
-/// The number d for which `initial` + d, rounded once, is `tuned`, two 16-bit numbers: a float where
-/// one does, which is almost always their difference. A negative zero needs what is next to it.
-/// Nothing where there is none.
+/// The number d for which `initial` + d, rounded once, is `tuned`, both 16-bit: a float where one
+/// does, which is almost always their difference. A negative zero needs what is next to it. Nothing
+/// where there is none.
 inline std::optional<double> find_delta(dtype type, const std::byte* initial,
                                         const std::byte* tuned) noexcept {
   const double from = number_at(type, initial, 0);
@@ -248,10 +248,10 @@ inline adapter_linear shape_from_json(const std::string& name, const nlohmann::j
 
 }  // namespace detail
 
-/// Writes an adapter as one safetensors file: for each linear NAME.delta (F32, or F64 where
-/// F32 loses; (OC, k)) and NAME.columns (I32, (k)); fingerprints, architecture and shapes in the metadata. Throws
-/// errc::invalid_argument, naming the linear, for what breaks a rule, and errc::io_error; then a
-/// file that was there is as it was.
+/// Writes an adapter as one safetensors file: for each linear NAME.delta (F32, or F64 where F32
+/// loses; (OC, k)) and NAME.columns (I32, (k)); fingerprints, architecture and shapes in the
+/// metadata. Throws errc::invalid_argument, naming the linear, for what breaks a rule, and
+/// errc::io_error; then a file that was there is as it was.
 inline void write_adapter(const std::filesystem::path& path, const adapter& a) {
   safetensors_writer writer(
       std::map<std::string, std::string>{{"format", detail::adapter_kind},
