@@ -24,6 +24,8 @@
 #include "qeft/core/unroll.hpp"
 #include "qeft/core/version.hpp"
 #include "qeft/cpu/activation_source.hpp"
+#include "qeft/cpu/backward.hpp"
+#include "qeft/cpu/checks.hpp"
 #include "qeft/cpu/chunks.hpp"
 #include "qeft/cpu/exact.hpp"
 #include "qeft/cpu/executor.hpp"

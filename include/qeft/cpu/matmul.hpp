@@ -3,6 +3,7 @@
 // number.
 #pragma once
 
+#include "qeft/cpu/checks.hpp"
 #include "qeft/cpu/executor.hpp"
 #include "qeft/cpu/tile_product.hpp"
 #include "qeft/thread/dot.hpp"
@@ -16,34 +17,6 @@ namespace cpu::detail {
 template <class T>
 inline constexpr bool is_activation_scalar_v =
     std::is_same_v<T, float> || std::is_same_v<T, half_bits> || std::is_same_v<T, bf16_bits>;
-
-QEFT_COLD inline status refuse(const std::string& reason) {
-  return {errc::invalid_argument, reason};
-}
-
-inline status check_operands(index_t tokens, const void* x, const void* y) {
-  if (tokens < 0) {
-    return refuse(text("gemm: tokens is ", tokens, ", but must not be negative"));
-  }
-  if (tokens > 0 && (x == nullptr || y == nullptr)) {
-    return refuse(
-        text("gemm: ", x == nullptr ? "x" : "y", " is null, but there are ", tokens, " tokens"));
-  }
-  return {};
-}
-
-/// What body() returns; what it throws, as a status.
-template <class Body>
-status as_status(const Body& body) {
-  try {
-    body();
-    return {};
-  } catch (const error& e) {
-    return {e.code(), e.what()};
-  } catch (const std::bad_alloc&) {
-    return {errc::out_of_memory, "gemm: no memory for the packed activations"};
-  }
-}
 
 /// For every layout but simd_tile.
 template <class View, class X, class Y, class Epilogue>
@@ -74,6 +47,12 @@ void launch(const Executor& exec, const quantized_matrix_view<F, W, L>& w, const
   } else {
     multiply_by_definition(exec, w, x, tokens, y, epilogue);
   }
+}
+
+/// as_status of gemm.
+template <class Body>
+status as_gemm_status(const Body& body) {
+  return as_status("gemm: no memory for the packed activations", body);
 }
 
 /// An error that lists what is built in, unless one of `Formats` fits the descriptor.
@@ -150,29 +129,8 @@ template <class Executor, class F, class W, class L, class X, class Y,
           class = cpu::detail::if_host<Executor>>
 status supports_gemm(const Executor&, const quantized_matrix_view<F, W, L>& w, const X* x,
                      index_t tokens, const Y* y) {
-  if (w.out_channels < 1 || w.in_channels < 1 || w.dense_columns() < 0) {
-    return cpu::detail::refuse(
-        text("gemm: w is ", w.out_channels, " x ", w.in_channels, " with ", w.weak_columns(),
-             " weak columns, but must have at least one row and column and at most in_channels "
-             "weak columns"));
-  }
-  if (w.columns_per_group < 1 || w.groups != ceil_div(w.dense_columns(), w.columns_per_group) ||
-      (w.groups > 1 && w.columns_per_group % 32 != 0)) {
-    return cpu::detail::refuse(
-        text("gemm: w has groups = ", w.groups, " and columns_per_group = ", w.columns_per_group,
-             ", but its ", w.dense_columns(),
-             " dense columns need groups of a multiple of 32, or one for all"));
-  }
-  const bool no_zeros = F::zero != zero_kind::symmetric && w.zeros == nullptr;
-  const bool no_codes =
-      w.dense_columns() > 0 && (w.codes == nullptr || w.scales == nullptr || no_zeros);
-  const bool no_weak = w.weak_columns() > 0 && w.weak_values == nullptr;
-  if (no_codes || no_weak) {
-    return cpu::detail::refuse(text("gemm: w has no ",
-                                    no_codes ? "codes, scales or zeros" : "weak values",
-                                    "; make the view with quantized_matrix::view"));
-  }
-  return cpu::detail::check_operands(tokens, x, y);
+  if (status s = cpu::detail::check_layer("gemm", w); !s.ok()) return s;
+  return cpu::detail::check_tokens("gemm", tokens, {{"x", x}, {"y", y}});
 }
 
 /// supports_gemm of a layer whose format is known at run time, all but whether that is built in.
@@ -182,7 +140,7 @@ status supports_gemm(const Executor&, const quantized_matrix<L, M>& w, const X* 
                      const Y* y) {
   static_assert(is_host_accessible_v<M>, "qeft::gemm: the matrix must be in host memory");
   if (status s = validate(w.descriptor()); !s.ok()) return s;  // moved from, or never filled
-  return cpu::detail::check_operands(tokens, x, y);
+  return cpu::detail::check_tokens("gemm", tokens, {{"x", x}, {"y", y}});
 }
 
 /// Y = X W^T (METHOD section 5), accumulated in FP32, then the epilogue. A token's result depends
@@ -207,7 +165,7 @@ status gemm(const Executor& exec, const quantized_matrix_view<F, W, L>& w, const
             index_t tokens, Y* y, const Epilogue& epilogue = {}) {
   cpu::detail::check_types<Executor, L, X, Y, Epilogue>();
   if (status s = supports_gemm(exec, w, x, tokens, y); !s.ok()) return s;
-  return cpu::detail::as_status(
+  return cpu::detail::as_gemm_status(
       [&] { cpu::detail::launch<true>(exec, w, x, tokens, y, epilogue); });
 }
 
@@ -218,7 +176,8 @@ status gemv(const Executor& exec, const quantized_matrix_view<F, W, L>& w, const
             const Epilogue& epilogue = {}) {
   cpu::detail::check_types<Executor, L, X, Y, Epilogue>();
   if (status s = supports_gemm(exec, w, x, 1, y); !s.ok()) return s;
-  return cpu::detail::as_status([&] { cpu::detail::launch<false>(exec, w, x, 1, y, epilogue); });
+  return cpu::detail::as_gemm_status(
+      [&] { cpu::detail::launch<false>(exec, w, x, 1, y, epilogue); });
 }
 
 /// gemm of a layer whose format is known at run time, out of Formats. A format that is not built in
@@ -229,7 +188,7 @@ status gemm(const Executor& exec, const quantized_matrix<L, M>& w, const X* x, i
             const Epilogue& epilogue = {}) {
   cpu::detail::check_types<Executor, L, X, Y, Epilogue>();
   if (status s = supports_gemm(exec, w, x, tokens, y); !s.ok()) return s;
-  return cpu::detail::as_status(
+  return cpu::detail::as_gemm_status(
       [&] { cpu::detail::launch<true, Formats>(exec, w, x, tokens, y, epilogue); });
 }
 
@@ -240,7 +199,7 @@ status gemv(const Executor& exec, const quantized_matrix<L, M>& w, const X* x, Y
             const Epilogue& epilogue = {}) {
   cpu::detail::check_types<Executor, L, X, Y, Epilogue>();
   if (status s = supports_gemm(exec, w, x, 1, y); !s.ok()) return s;
-  return cpu::detail::as_status(
+  return cpu::detail::as_gemm_status(
       [&] { cpu::detail::launch<false, Formats>(exec, w, x, 1, y, epilogue); });
 }
 
