@@ -3,6 +3,7 @@
 // scales.
 #pragma once
 
+#include "qeft/cpu/gradient_product.hpp"
 #include "qeft/cpu/matmul.hpp"
 
 namespace qeft {
@@ -56,6 +57,90 @@ void scale_gradient_by_definition(const on_host& exec, const View& w, const floa
         to = accumulate ? to + sum : sum;
       }
     }
+  });
+}
+
+/// body(tile_layer, run_list, integral_constant<int, bits>) of a layer over simd_tile.
+template <class F, class W, class Body>
+void with_tile_layer(const quantized_matrix_view<F, W, layout::simd_tile>& w, const Body& body) {
+  run_list runs;
+  runs.assign(w.weak, w.in_channels);
+  body(make_tile_layer(w), runs, std::integral_constant<int, F::bits>{});
+}
+/// The same of one whose format is known at run time: compiled per code width, not per format.
+template <class Formats, class M, class Body>
+void with_tile_layer(const quantized_matrix<layout::simd_tile, M>& w, const Body& body) {
+  check_built_in(w.descriptor(), Formats{});
+  const run_list runs = make_runs(w);
+  visit_bits(w.descriptor().bits, [&](auto bits) {
+    if constexpr (has_width<bits>(Formats{})) body(make_tile_layer(w), runs, bits);
+  });
+}
+
+/// Takes vector kernels out of CUDA units that cannot compile them.
+template <class Executor>
+QEFT_ALWAYS_INLINE constexpr void check_gradient_isa() {
+  static_assert(
+      !std::is_same_v<if_host<Executor>, isa::not_in_this_cuda_unit>,
+      "qeft: this nvcc does not take the vector kernels: compile the call in a .cpp "
+      "file, or choose qeft::cpu::with<qeft::cpu::exact, qeft::cpu::isa::portable>(exec)");
+}
+
+/// What a function of gradients does with a layer: body(tile_layer, run_list, bits) over simd_tile,
+/// by_definition(view) over any other layout.
+template <class, class Executor, class F, class W, class L, class Body, class Definition>
+void launch_gradient(const quantized_matrix_view<F, W, L>& w, const Body& body,
+                     const Definition& by_definition) {
+  if constexpr (std::is_same_v<L, layout::simd_tile>) {
+    check_gradient_isa<Executor>();
+    with_tile_layer(w, body);
+  } else {
+    by_definition(w);
+  }
+}
+template <class Formats, class Executor, class L, class M, class Body, class Definition>
+void launch_gradient(const quantized_matrix<L, M>& w, const Body& body,
+                     const Definition& by_definition) {
+  if constexpr (std::is_same_v<L, layout::simd_tile>) {
+    check_gradient_isa<Executor>();
+    with_tile_layer<Formats>(w, body);
+  } else {
+    w.template visit<Formats>(by_definition);
+  }
+}
+
+/// input_gradient of any layer. @tparam Formats those that are built in, for an owner
+template <class Formats, class Executor, class Layer>
+status launch_input_gradient(const Executor& exec, const Layer& w, const float* dy, index_t tokens,
+                             float* dx, bool accumulate) {
+  return as_status("input_gradient: no memory for the packed gradients", [&] {
+    launch_gradient<Formats, Executor>(
+        w,
+        [&](const tile_layer& layer, const run_list& runs, auto bits) {
+          using isa = if_host<Executor>;
+          input_gradient_product<bits, isa>(layer, runs, dx).run(exec, dy, tokens, accumulate);
+        },
+        [&](const auto& view) {
+          input_gradient_by_definition(exec, view, dy, tokens, dx, accumulate);
+        });
+  });
+}
+
+/// scale_gradient of any layer.
+template <class Formats, class Executor, class Layer>
+status launch_scale_gradient(const Executor& exec, const Layer& w, const float* dy, const float* x,
+                             index_t tokens, float* dscales, bool accumulate) {
+  return as_status("scale_gradient: no memory for the packed inputs", [&] {
+    launch_gradient<Formats, Executor>(
+        w,
+        [&](const tile_layer& layer, const run_list& runs, auto bits) {
+          using isa = if_host<Executor>;
+          scale_gradient_product<bits, isa>(layer, runs, dscales)
+              .run(exec, dy, x, tokens, accumulate);
+        },
+        [&](const auto& view) {
+          scale_gradient_by_definition(exec, view, dy, x, tokens, dscales, accumulate);
+        });
   });
 }
 
@@ -119,9 +204,8 @@ template <class Executor, class F, class W, class L, class = cpu::detail::if_hos
 status input_gradient(const Executor& exec, const quantized_matrix_view<F, W, L>& w,
                       const float* dy, index_t tokens, float* dx, bool accumulate = false) {
   if (status s = supports_input_gradient(exec, w, dy, tokens, dx); !s.ok()) return s;
-  return cpu::detail::as_status("input_gradient: no memory for the packed gradients", [&] {
-    cpu::detail::input_gradient_by_definition(exec, w, dy, tokens, dx, accumulate);
-  });
+  using formats = format_list<F>;
+  return cpu::detail::launch_input_gradient<formats>(exec, w, dy, tokens, dx, accumulate);
 }
 
 /// input_gradient of a layer whose format is known at run time, out of Formats. A format that is
@@ -131,11 +215,7 @@ template <class Formats = default_formats, class Executor, class L, class M,
 status input_gradient(const Executor& exec, const quantized_matrix<L, M>& w, const float* dy,
                       index_t tokens, float* dx, bool accumulate = false) {
   if (status s = supports_input_gradient(exec, w, dy, tokens, dx); !s.ok()) return s;
-  return cpu::detail::as_status("input_gradient: no memory for the packed gradients", [&] {
-    w.template visit<Formats>([&](const auto& view) {
-      cpu::detail::input_gradient_by_definition(exec, view, dy, tokens, dx, accumulate);
-    });
-  });
+  return cpu::detail::launch_input_gradient<Formats>(exec, w, dy, tokens, dx, accumulate);
 }
 
 /// Whether gather_weak would accept these operands, and why not.
@@ -219,16 +299,10 @@ status weak_gradient(const Executor& exec, index_t out_channels, index_t k, cons
   if (status s = supports_weak_gradient(exec, out_channels, k, dy, x_weak, tokens, dw); !s.ok()) {
     return s;
   }
+  cpu::detail::check_gradient_isa<Executor>();
   return cpu::detail::as_status("weak_gradient: no memory for the packed inputs", [&] {
-    exec.parallel_for(out_channels, 1, [&](index_t begin, index_t end) {
-      for (index_t n = begin; n < end; ++n) {
-        for (index_t j = 0; j < k; ++j) {
-          float sum = 0.0F;
-          for (index_t t = 0; t < tokens; ++t) sum += dy[t * out_channels + n] * x_weak[t * k + j];
-          dw[n * k + j] = accumulate ? dw[n * k + j] + sum : sum;
-        }
-      }
-    });
+    cpu::detail::weak_gradient_product<cpu::detail::if_host<Executor>>(
+        exec, out_channels, k, dy, x_weak, tokens, dw, accumulate);
   });
 }
 
@@ -282,9 +356,8 @@ status scale_gradient(const Executor& exec, const quantized_matrix_view<F, W, L>
                       const float* dy, const float* x, index_t tokens, float* dscales,
                       bool accumulate = false) {
   if (status s = supports_scale_gradient(exec, w, dy, x, tokens, dscales); !s.ok()) return s;
-  return cpu::detail::as_status("scale_gradient: no memory for the packed inputs", [&] {
-    cpu::detail::scale_gradient_by_definition(exec, w, dy, x, tokens, dscales, accumulate);
-  });
+  using formats = format_list<F>;
+  return cpu::detail::launch_scale_gradient<formats>(exec, w, dy, x, tokens, dscales, accumulate);
 }
 
 /// scale_gradient of a layer whose format is known at run time, out of Formats. A format that is
@@ -294,11 +367,7 @@ template <class Formats = default_formats, class Executor, class L, class M,
 status scale_gradient(const Executor& exec, const quantized_matrix<L, M>& w, const float* dy,
                       const float* x, index_t tokens, float* dscales, bool accumulate = false) {
   if (status s = supports_scale_gradient(exec, w, dy, x, tokens, dscales); !s.ok()) return s;
-  return cpu::detail::as_status("scale_gradient: no memory for the packed inputs", [&] {
-    w.template visit<Formats>([&](const auto& view) {
-      cpu::detail::scale_gradient_by_definition(exec, view, dy, x, tokens, dscales, accumulate);
-    });
-  });
+  return cpu::detail::launch_scale_gradient<Formats>(exec, w, dy, x, tokens, dscales, accumulate);
 }
 
 }  // namespace QEFT_TARGET

@@ -14,6 +14,7 @@
 //   multiply_add(s, codes, x)   adds, for each word, 4 products of unsigned codes and signed x. At
 //                        most 8 calls, with codes below 16, between zero and widen
 //   widen(s)             the sums as words, one per lane
+//   transpose(from, from_stride, to, to_stride)   to = transpose of a V x V block of floats
 //   prefetch(address)    asks for a cache line that will be read soon; any address
 #pragma once
 
@@ -112,8 +113,39 @@ struct portable {
     return s;
   }
   QEFT_ALWAYS_INLINE static words widen(byte_sums s) { return s; }
+  QEFT_ALWAYS_INLINE static void transpose(const float* from, index_t from_stride, float* to,
+                                           index_t to_stride) {
+    for (int i = 0; i < lanes; ++i) {
+      for (int j = 0; j < lanes; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+    }
+  }
   QEFT_ALWAYS_INLINE static void prefetch(std::uintptr_t) {}
 };
+
+#if defined(QEFT_HAS_AVX2) || defined(QEFT_HAS_AVX512)
+/// to = transpose of an 8 x 8 block.
+QEFT_ALWAYS_INLINE void transpose_8x8(const float* from, index_t from_stride, float* to,
+                                      index_t to_stride) {
+  __m256 pair[8];  // elements of two rows
+  for (int i = 0; i < 8; i += 2) {
+    const __m256 a = _mm256_loadu_ps(from + i * from_stride);
+    const __m256 b = _mm256_loadu_ps(from + (i + 1) * from_stride);
+    pair[i] = _mm256_unpacklo_ps(a, b);
+    pair[i + 1] = _mm256_unpackhi_ps(a, b);
+  }
+  __m256 quad[8];  // of four
+  for (int i = 0; i < 8; i += 4) {
+    quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+    quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31));
+  }
+}
+#endif
 
 #if defined(QEFT_HAS_AVX2)
 /// AVX2 with FMA and F16C.
@@ -206,6 +238,10 @@ struct avx2 {
   }
   QEFT_ALWAYS_INLINE static words widen(byte_sums s) {
     return {_mm256_madd_epi16(s.v, _mm256_set1_epi16(1))};
+  }
+  QEFT_ALWAYS_INLINE static void transpose(const float* from, index_t from_stride, float* to,
+                                           index_t to_stride) {
+    transpose_8x8(from, from_stride, to, to_stride);
   }
   QEFT_ALWAYS_INLINE static void prefetch(std::uintptr_t address) {
     _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
@@ -308,6 +344,14 @@ struct avx512 {
   }
   QEFT_ALWAYS_INLINE static words widen(byte_sums s) {
     return {_mm512_madd_epi16(s.v, _mm512_set1_epi16(1))};
+  }
+  QEFT_ALWAYS_INLINE static void transpose(const float* from, index_t from_stride, float* to,
+                                           index_t to_stride) {
+    for (int i = 0; i < lanes; i += 8) {
+      for (int j = 0; j < lanes; j += 8) {
+        transpose_8x8(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
+      }
+    }
   }
   QEFT_ALWAYS_INLINE static void prefetch(std::uintptr_t address) {
     _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);

@@ -59,19 +59,18 @@ struct group_lanes {
   typename row_vectors<Isa>::floats offset;
 };
 
-/// Parameters of rows [32 * tile, 32 * tile + 32); those of padding rows are zero. The offset is
-/// -scale * z, which is exact in FP32 (an 11-bit by an 8-bit number), or the scaled zero point.
+/// -z of rows [32 * tile, 32 * tile + 32), for integer and symmetric zero points; those of padding
+/// rows are whole numbers as well.
 template <int Bits, class Isa>
-group_lanes<Isa> load_group(const tile_layer& w, index_t tile, index_t group) {
+typename row_vectors<Isa>::floats load_minus_zeros(const tile_layer& w, index_t tile,
+                                                   index_t group) {
   using rows = row_vectors<Isa>;
   using planes = bit_planes<Bits>;
-  const index_t first = layout::simd_tile::scale_index(w.extent, tile * tile_rows, group);
-  const auto scale = load_rows<Isa>(w.scalar, w.scales, first);
-  if (w.zero == zero_kind::scaled) return {scale, load_rows<Isa>(w.scalar, w.zeros, first)};
+  if (w.zero == zero_kind::symmetric) {
+    const float minus_mid = -static_cast<float>(1U << (Bits - 1));
+    return rows::broadcast(&minus_mid);
+  }
   const float minus_one = -1.0F;
-  const float minus_mid = -static_cast<float>(1U << (Bits - 1));
-  if (w.zero == zero_kind::symmetric) return {scale, rows::mul(scale, Isa::broadcast(&minus_mid))};
-
   const auto* words = static_cast<const std::uint32_t*>(w.zeros);
   const auto plane = [&](int p) {
     return words + layout::simd_tile::locate_zero<Bits>(w.extent, p, tile * tile_rows, group).word;
@@ -80,8 +79,17 @@ group_lanes<Isa> load_group(const tile_layer& w, index_t tile, index_t group) {
   if constexpr (planes::count == 2) {
     zero = zero | (rows::template unpack<planes::width(1)>(plane(1), 0) << planes::shift(1));
   }
-  const auto minus_zero = rows::mul(rows::to_floats(zero), Isa::broadcast(&minus_one));
-  return {scale, rows::mul(scale, minus_zero)};
+  return rows::mul(rows::to_floats(zero), Isa::broadcast(&minus_one));
+}
+
+/// Parameters of rows [32 * tile, 32 * tile + 32); those of padding rows are zero. The offset is
+/// -scale * z, which is exact in FP32 (an 11-bit by an 8-bit number), or the scaled zero point.
+template <int Bits, class Isa>
+group_lanes<Isa> load_group(const tile_layer& w, index_t tile, index_t group) {
+  const index_t first = layout::simd_tile::scale_index(w.extent, tile * tile_rows, group);
+  const auto scale = load_rows<Isa>(w.scalar, w.scales, first);
+  if (w.zero == zero_kind::scaled) return {scale, load_rows<Isa>(w.scalar, w.zeros, first)};
+  return {scale, row_vectors<Isa>::mul(scale, load_minus_zeros<Bits, Isa>(w, tile, group))};
 }
 
 /// acc(Tiles, 32) = weak columns [first, first + columns) of the given row tiles, times x.

@@ -57,6 +57,9 @@ struct vectors<Isa, N, std::integer_sequence<int, At...>> {
     (Isa::store(p + At * Isa::lanes, a.v[At]), ...);
   }
   QEFT_ALWAYS_INLINE static floats zero() { return {{(static_cast<void>(At), Isa::zero())...}}; }
+  QEFT_ALWAYS_INLINE static floats broadcast(const float* p) {
+    return {{(static_cast<void>(At), Isa::broadcast(p))...}};
+  }
   QEFT_ALWAYS_INLINE static floats fma(const floats& a, same b, const floats& c) {
     return {{Isa::fma(a.v[At], b, c.v[At])...}};
   }
