@@ -301,8 +301,8 @@ status weak_gradient(const Executor& exec, index_t out_channels, index_t k, cons
   }
   cpu::detail::check_gradient_isa<Executor>();
   return cpu::detail::as_status("weak_gradient: no memory for the packed inputs", [&] {
-    cpu::detail::weak_gradient_product<cpu::detail::if_host<Executor>>(
-        exec, out_channels, k, dy, x_weak, tokens, dw, accumulate);
+    cpu::detail::weak_gradient_product<cpu::detail::if_host<Executor>>(out_channels, k, dw)
+        .run(exec, dy, x_weak, tokens, accumulate);
   });
 }
 

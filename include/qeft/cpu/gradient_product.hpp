@@ -13,7 +13,7 @@ namespace cpu::detail {
 
 /// What is multiplied at a time: vectors that are interleaved, terms of their sums so that those
 /// stay in the second-level cache, and terms so that a panel stays in the first-level cache.
-inline constexpr index_t gradient_vectors = 192;
+inline constexpr index_t gradient_vectors = 192;  // a multiple of every Isa::tokens and lanes
 inline constexpr index_t gradient_terms = 1024;
 inline constexpr index_t panel_terms = 128;
 
@@ -112,43 +112,63 @@ void load_panel(const float* from, index_t count, index_t columns, index_t colum
 
 /// dW(OC, k) = dY^T X_weak, by tiles of 32 output channels.
 template <class Isa>
-void weak_gradient_product(const on_host& exec, index_t out_channels, index_t k, const float* dy,
-                           const float* x_weak, index_t tokens, float* dw, bool accumulate) {
-  interleaved<Isa> packed(least(k, gradient_vectors) * least(tokens, gradient_terms));
-  for (index_t column = 0; column < k; column += gradient_vectors) {
-    const index_t columns = least(k - column, gradient_vectors);
-    index_t token = 0;
-    do {  // once if there are no tokens
-      const index_t terms = least(tokens - token, gradient_terms);
-      packed.resize(columns, terms);
-      packed.for_each_block(exec, [&](index_t v) {
-        packed.fill(v, 0, terms, x_weak + token * k + column + v, 1, k);
-      });
-      exec.parallel_for(ceil_div(out_channels, tile_rows), 1, [&](index_t tile, index_t end) {
-        for (; tile < end; ++tile) {
-          alignas(64) c_array<float, gradient_vectors * tile_rows> y;
-          alignas(64) c_array<float, panel_terms * tile_rows> panel;
-          for (index_t i = 0; i < columns * tile_rows; ++i) y[i] = 0.0F;
-          for (index_t first = 0; first < terms; first += panel_terms) {
-            const index_t depth = least(terms - first, panel_terms);
-            load_panel<Isa>(dy + (token + first) * out_channels, depth, out_channels,
-                            tile * tile_rows, panel);
-            add_product<Isa>(panel, depth, packed, first, y);
+class weak_gradient_product {
+ public:
+  weak_gradient_product(index_t out_channels, index_t k, float* dw)
+      : out_channels_(out_channels), k_(k), dw_(dw) {}
+
+  /// Of all tokens. @param dy (tokens, OC) @param x_weak (tokens, k)
+  void run(const on_host& exec, const float* dy, const float* x_weak, index_t tokens,
+           bool accumulate) const {
+    interleaved<Isa> packed(least(k_, gradient_vectors) * least(tokens, gradient_terms));
+    for (index_t column = 0; column < k_; column += gradient_vectors) {
+      index_t token = 0;
+      do {  // once if there are no tokens
+        const float* from = x_weak + token * k_ + column;
+        const index_t terms = least(tokens - token, gradient_terms);
+        packed.resize(least(k_ - column, gradient_vectors), terms);
+        packed.for_each_block(exec, [&](index_t v) { packed.fill(v, 0, terms, from + v, 1, k_); });
+        exec.parallel_for(ceil_div(out_channels_, tile_rows), 1, [&](index_t tile, index_t end) {
+          for (; tile < end; ++tile) {
+            add_tile(packed, dy + token * out_channels_, terms, tile, column,
+                     accumulate || token > 0);
           }
-          const index_t rows = least(out_channels - tile * tile_rows, tile_rows);
-          for (index_t r = 0; r < rows; ++r) {
-            float* to = dw + (tile * tile_rows + r) * k + column;
-            for (index_t j = 0; j < columns; ++j) {
-              const float value = y[j * tile_rows + r];
-              to[j] = accumulate || token > 0 ? to[j] + value : value;
-            }
-          }
-        }
-      });
-      token += gradient_terms;
-    } while (token < tokens);
+        });
+        token += gradient_terms;
+      } while (token < tokens);
+    }
   }
-}
+
+ private:
+  /// The terms of some tokens to the columns from `column` on.
+  void add_tile(const interleaved<Isa>& x, const float* dy, index_t terms, index_t tile,
+                index_t column, bool add) const {
+    alignas(64) c_array<float, gradient_vectors * tile_rows> y;
+    alignas(64) c_array<float, panel_terms * tile_rows> panel;
+    const index_t padded = round_up(x.vectors(), Isa::lanes);
+    for (index_t i = 0; i < padded * tile_rows; ++i) y[i] = 0.0F;
+    for (index_t first = 0; first < terms; first += panel_terms) {
+      const index_t depth = least(terms - first, panel_terms);
+      load_panel<Isa>(dy + first * out_channels_, depth, out_channels_, tile * tile_rows, panel);
+      add_product<Isa>(panel, depth, x, first, y);
+    }
+    const index_t rows = least(out_channels_ - tile * tile_rows, tile_rows);
+    for (index_t r = 0; r < rows; r += Isa::lanes) {
+      alignas(64) c_array<float, gradient_vectors * Isa::lanes> of_rows;
+      for (index_t v = 0; v < padded; v += Isa::lanes) {
+        Isa::transpose(y + v * tile_rows + r, tile_rows, of_rows + v, gradient_vectors);
+      }
+      for (index_t i = 0; i < least(rows - r, Isa::lanes); ++i) {
+        store_or_add<Isa>(of_rows + i * gradient_vectors, x.vectors(), add,
+                          dw_ + (tile * tile_rows + r + i) * k_ + column);
+      }
+    }
+  }
+
+  index_t out_channels_;
+  index_t k_;
+  float* dw_;  // (OC, k)
+};
 
 /// The gradient of the scales, by tiles of 32 output channels.
 template <int Bits, class Isa>
@@ -160,6 +180,7 @@ class scale_gradient_product {
   /// Of all tokens. @param dy (tokens, OC) @param x (tokens, IC)
   void run(const on_host& exec, const float* dy, const float* x, index_t tokens,
            bool accumulate) const {
+    if (w_.extent.groups == 0) return;
     const index_t in_channels = w_.extent.dense + w_.extent.weak;
     interleaved<Isa> packed(least(tokens, gradient_vectors) * w_.extent.dense);
     index_t token = 0;
