@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The products of the backward pass: every sum runs in blocks of fixed size, in ascending order, and
-// belongs to one task.
+// The products of the backward pass: every sum runs in blocks of fixed size, in ascending order,
+// and belongs to one task.
 #pragma once
 
 #include "qeft/cpu/activation_source.hpp"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights as FP32 numbers, a tile of 32 rows and 32 columns at a time: what dequantize says, bit for
-// bit.
+// Weights as FP32 numbers, a tile of 32 rows and 32 columns at a time: what dequantize says, bit
+// for bit.
 #pragma once
 
 #include "qeft/cpu/tile_fields.hpp"
