@@ -248,8 +248,9 @@ template <class Executor, class F, class W, class L, class = cpu::detail::if_hos
 status gather_weak(const Executor& exec, const quantized_matrix_view<F, W, L>& w, const float* x,
                    index_t tokens, float* x_weak) {
   if (status s = supports_gather_weak(exec, w, x, tokens, x_weak); !s.ok()) return s;
-  cpu::detail::gather_weak(exec, w.weak, w.in_channels, x, tokens, x_weak);
-  return {};
+  return cpu::detail::as_status("gather_weak: no memory", [&] {
+    cpu::detail::gather_weak(exec, w.weak, w.in_channels, x, tokens, x_weak);
+  });
 }
 
 /// gather_weak of a layer whose format is known at run time.
@@ -258,10 +259,11 @@ status gather_weak(const Executor& exec, const quantized_matrix<L, M>& w, const 
                    index_t tokens, float* x_weak) {
   if (status s = supports_gather_weak(exec, w, x, tokens, x_weak); !s.ok()) return s;
   const matrix_descriptor& d = w.descriptor();
-  visit_weak(d, w.weak_index().data(), [&](const auto& weak) {
-    cpu::detail::gather_weak(exec, weak, d.in_channels, x, tokens, x_weak);
+  return cpu::detail::as_status("gather_weak: no memory", [&] {
+    visit_weak(d, w.weak_index().data(), [&](const auto& weak) {
+      cpu::detail::gather_weak(exec, weak, d.in_channels, x, tokens, x_weak);
+    });
   });
-  return {};
 }
 
 /// Whether weak_gradient would accept these operands, and why not.
