@@ -58,4 +58,22 @@ void causal_attention(const qeft::on_host& exec, const block_cache& cache, qeft:
                       const float* q, qeft::index_t tokens, qeft::index_t first,
                       qeft::index_t window, float* out);
 
+/// Sizes of attention over a whole sequence.
+struct attention_shape {
+  qeft::index_t tokens;
+  qeft::index_t heads;        // of q
+  qeft::index_t value_heads;  // of k and v; divides heads
+  qeft::index_t head_dim;
+  qeft::index_t window;  // as in causal_attention
+};
+
+/// What causal_attention reads and makes of a sequence whose first token is its first, and the
+/// gradient of that: q, out (tokens, heads, head_dim), k, v (tokens, value_heads, head_dim).
+///
+/// The weights of attention are computed again, some tokens at a time. dq, dk and dv are
+/// overwritten; they do not depend on the number of threads.
+void causal_attention_gradient(const qeft::on_host& exec, const attention_shape& shape,
+                               const float* q, const float* k, const float* v, const float* dout,
+                               float* dq, float* dk, float* dv);
+
 }  // namespace qeft_llm

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 namespace qeft_llm {
 
@@ -38,6 +39,12 @@ float sum(index_t count, const Term& term) noexcept {
   return reduce(count, 0.0F, term, [](float a, float b) { return a + b; });
 }
 
+/// 1 / rms of a token.
+float norm_factor(const float* row, float epsilon, index_t channels) noexcept {
+  const float squares = sum(channels, [row](index_t c) { return row[c] * row[c]; });
+  return 1.0F / std::sqrt(squares / static_cast<float>(channels) + epsilon);
+}
+
 inline float exponential(float x) noexcept {
   constexpr float log2_e = 1.44269504F;
   constexpr float ln2_high = 0.693359375F;  // few bits: products with small integers are exact
@@ -69,22 +76,65 @@ float exp_clamped(float x) noexcept { return exponential(x); }
 
 void rms_norm(const qeft::on_host& exec, const float* x, const float* weight, float epsilon,
               index_t tokens, index_t channels, float* out) {
+  exec.parallel_for(tokens, std::max<index_t>(1, grain / channels),
+                    [&](index_t begin, index_t end) {
+                      for (index_t t = begin; t < end; ++t) {
+                        const float* row = x + t * channels;
+                        float* to = out + t * channels;
+                        const float factor = norm_factor(row, epsilon, channels);
+                        for (index_t c = 0; c < channels; ++c) to[c] = row[c] * factor * weight[c];
+                      }
+                    });
+}
+
+void rms_norm_gradient(const qeft::on_host& exec, const float* x, const float* weight,
+                       float epsilon, index_t tokens, index_t channels, const float* dy, float* dx,
+                       float* dweight) {
+  std::vector<float> factors(static_cast<std::size_t>(tokens));
   exec.parallel_for(
       tokens, std::max<index_t>(1, grain / channels), [&](index_t begin, index_t end) {
         for (index_t t = begin; t < end; ++t) {
           const float* row = x + t * channels;
-          float* to = out + t * channels;
-          const float squares = sum(channels, [row](index_t c) { return row[c] * row[c]; });
-          const float factor = 1.0F / std::sqrt(squares / static_cast<float>(channels) + epsilon);
-          for (index_t c = 0; c < channels; ++c) to[c] = row[c] * factor * weight[c];
+          const float* d = dy + t * channels;
+          float* to = dx + t * channels;
+          const float factor = norm_factor(row, epsilon, channels);
+          factors[static_cast<std::size_t>(t)] = factor;
+          // The part along the token is lost: its length is fixed.
+          const float along = sum(channels, [=](index_t c) { return d[c] * weight[c] * row[c]; }) *
+                              factor * factor / static_cast<float>(channels);
+          for (index_t c = 0; c < channels; ++c) {
+            to[c] += factor * (d[c] * weight[c] - along * row[c]);
+          }
         }
       });
+  if (dweight == nullptr) return;
+  exec.parallel_for(channels, lanes, [&](index_t begin, index_t end) {
+    for (index_t t = 0; t < tokens; ++t) {
+      const float factor = factors[static_cast<std::size_t>(t)];
+      for (index_t c = begin; c < end; ++c) {
+        dweight[c] += dy[t * channels + c] * x[t * channels + c] * factor;
+      }
+    }
+  });
 }
 
 void swiglu(const qeft::on_host& exec, float* gate, const float* up, index_t count) {
   exec.parallel_for(count, grain, [=](index_t begin, index_t end) {
     for (index_t i = begin; i < end; ++i)
       gate[i] = gate[i] / (1.0F + exponential(-gate[i])) * up[i];
+  });
+}
+
+void swiglu_gradient(const qeft::on_host& exec, const float* d, float* gate, float* up,
+                     index_t count) {
+  exec.parallel_for(count, grain, [=](index_t begin, index_t end) {
+    for (index_t i = begin; i < end; ++i) {
+      const float g = gate[i];
+      const float sigmoid = 1.0F / (1.0F + exponential(-g));
+      const float d_silu = sigmoid * (1.0F + g * (1.0F - sigmoid));
+      gate[i] = d[i] * up[i] * d_silu;
+      up[i] = d[i] * (g * sigmoid);
+    }
   });
 }
 

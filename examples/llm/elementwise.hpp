@@ -16,8 +16,19 @@ float exp_clamped(float x) noexcept;
 void rms_norm(const qeft::on_host& exec, const float* x, const float* weight, float epsilon,
               qeft::index_t tokens, qeft::index_t channels, float* out);
 
+/// The gradient of rms_norm: dx += its gradient, and, unless dweight is null, dweight += its.
+/// @param dy gradient of out; dy, x and dx (tokens, channels), weight and dweight (channels)
+void rms_norm_gradient(const qeft::on_host& exec, const float* x, const float* weight,
+                       float epsilon, qeft::index_t tokens, qeft::index_t channels, const float* dy,
+                       float* dx, float* dweight);
+
 /// gate[i] = silu(gate[i]) * up[i], silu(v) = v / (1 + e^-v).
 void swiglu(const qeft::on_host& exec, float* gate, const float* up, qeft::index_t count);
+
+/// Replaces gate and up, as swiglu reads them, by their gradients. @param d gradient of what it
+/// writes
+void swiglu_gradient(const qeft::on_host& exec, const float* d, float* gate, float* up,
+                     qeft::index_t count);
 
 /// sum[i] += addend[i]
 void add(const qeft::on_host& exec, const float* addend, qeft::index_t count, float* sum);

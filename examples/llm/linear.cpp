@@ -2,6 +2,7 @@
 // The only file that instantiates the kernels.
 #include "linear.hpp"
 
+#include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -71,6 +72,14 @@ struct bias_if_any {
     return bias == nullptr ? value : value + bias[channel];
   }
 };
+
+float widened(std::uint16_t bits, qeft::scalar_kind scalar) {
+  return scalar == qeft::scalar_kind::half ? qeft::to_float(qeft::half_bits{bits})
+                                           : qeft::to_float(qeft::bf16_bits{bits});
+}
+
+// Rows whose weak columns are worth another thread.
+constexpr index_t weak_grain = 256;
 
 }  // namespace
 
@@ -157,18 +166,91 @@ void linear::forward(const qeft::on_host& exec, const float* x, index_t tokens, 
   s.throw_if_error();
 }
 
+// Stand-ins for the library's backward products.
+using eigen_matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+using eigen_view = Eigen::Map<const eigen_matrix>;
+
+void linear::add_input_gradient(const qeft::on_host& exec, const float* dy, index_t tokens,
+                                float* dx) const {
+  const index_t ic = in_channels();
+  const index_t oc = out_channels();
+  eigen_matrix transposed(ic, oc);
+  const eigen_matrix identity = eigen_matrix::Identity(ic, ic);
+  qeft::gemm(exec, weight_, identity.data(), ic, transposed.data(), bias_if_any{nullptr})
+      .throw_if_error();
+  exec.parallel_for(tokens, 64, [&](index_t begin, index_t end) {
+    for (index_t t = begin; t < end; t += 64) {
+      const index_t n = std::min<index_t>(64, end - t);
+      Eigen::Map<eigen_matrix>(dx + t * ic, n, ic).noalias() +=
+          eigen_view(dy + t * oc, n, oc) * transposed.transpose();
+    }
+  });
+}
+
+void linear::gather_weak(const qeft::on_host&, const float* x, index_t tokens,
+                         float* x_weak) const {
+  qeft::visit_weak(descriptor(), weight_.weak_index().data(), [&](const auto& weak) {
+    for (index_t t = 0; t < tokens; ++t) {
+      for (index_t j = 0; j < weak.count(); ++j) {
+        *x_weak++ = x[t * in_channels() + weak.weak_column(j, in_channels())];
+      }
+    }
+  });
+}
+
+void add_weight_gradient(const qeft::on_host& exec, const float* dy, index_t rows, const float* x,
+                         index_t columns, index_t tokens, float* dw) {
+  exec.parallel_for(rows, 64, [&](index_t begin, index_t end) {
+    for (index_t n = begin; n < end; n += 64) {
+      const index_t size = std::min<index_t>(64, end - n);
+      Eigen::Map<eigen_matrix>(dw + n * columns, size, columns).noalias() +=
+          eigen_view(dy, tokens, rows).middleCols(n, size).transpose() *
+          eigen_view(x, tokens, columns);
+    }
+  });
+}
+
+std::vector<float> linear::read_weak() const {
+  const index_t k = descriptor().weak_columns;
+  std::vector<float> values(static_cast<std::size_t>(out_channels() * k));
+  for (index_t n = 0; n < out_channels(); ++n) {
+    for (index_t j = 0; j < k; ++j) {
+      values[static_cast<std::size_t>(n * k + j)] =
+          widened(weight_.read_weak(n, j), descriptor().scalar);
+    }
+  }
+  return values;
+}
+
+void linear::write_weak(const qeft::on_host& exec, const float* values) {
+  const index_t k = descriptor().weak_columns;
+  const auto stored = [&](index_t i) {
+    return descriptor().scalar == qeft::scalar_kind::half
+               ? qeft::from_float<qeft::half_bits>(values[i]).bits
+               : qeft::from_float<qeft::bf16_bits>(values[i]).bits;
+  };
+  for (index_t i = 0; i < out_channels() * k; ++i) {
+    if (std::isfinite(widened(stored(i), descriptor().scalar))) continue;
+    fail(errc::not_finite, "row " + std::to_string(i / k) + " of weak column " +
+                               std::to_string(i % k) + " is " + std::to_string(values[i]) +
+                               ", but must be a finite number of " +
+                               qeft::to_string(descriptor().scalar));
+  }
+  exec.parallel_for(out_channels(), weak_grain, [&](index_t begin, index_t end) {
+    for (index_t n = begin; n < end; ++n) {
+      for (index_t j = 0; j < k; ++j) weight_.write_weak(n, j, stored(n * k + j));
+    }
+  });
+}
+
 void linear::read_row(index_t n, float* row) const {
   if (n < 0 || n >= out_channels() || descriptor().dense_columns() != 0) {
     fail(errc::invalid_argument, "linear::read_row: n is " + std::to_string(n) +
                                      ", but must be below " + std::to_string(out_channels()) +
                                      " and the weight in full precision");
   }
-  const auto* weak = reinterpret_cast<const std::uint16_t*>(weight_.weak().data());
-  const bool half = descriptor().scalar == qeft::scalar_kind::half;
   for (index_t j = 0; j < in_channels(); ++j) {
-    const std::uint16_t bits =
-        weak[qeft::layout::simd_tile::weak_index(descriptor().extent(), n, j)];
-    row[j] = half ? qeft::to_float(qeft::half_bits{bits}) : qeft::to_float(qeft::bf16_bits{bits});
+    row[j] = widened(weight_.read_weak(n, j), descriptor().scalar);
   }
 }
 

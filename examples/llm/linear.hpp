@@ -56,6 +56,22 @@ class linear {
   /// y = W x + bias. @param x (tokens, IC) @param y (tokens, OC)
   void forward(const qeft::on_host& exec, const float* x, qeft::index_t tokens, float* y) const;
 
+  // The backward pass (METHOD section 6). @pre replace_weight has not been called with an order
+
+  /// dx += dy W. @param dy (tokens, OC) @param dx (tokens, IC)
+  void add_input_gradient(const qeft::on_host& exec, const float* dy, qeft::index_t tokens,
+                          float* dx) const;
+  /// x_weak[t, j] = x[t, weak column j]. @param x (tokens, IC) @param x_weak (tokens, k)
+  void gather_weak(const qeft::on_host& exec, const float* x, qeft::index_t tokens,
+                   float* x_weak) const;
+
+  /// The weak columns, (OC, k).
+  std::vector<float> read_weak() const;
+  /// Replaces them by `values`, (OC, k), rounded to the weight's 16-bit type.
+  /// @throws qeft::error errc::not_finite, writing nothing, for a value that is not finite or not
+  /// in 16 bits
+  void write_weak(const qeft::on_host& exec, const float* values);
+
   /// Row n of a full-precision weight, (IC): the embedding of token n. An embedding and a tied head
   /// are one linear.
   void read_row(qeft::index_t n, float* row) const;
@@ -66,5 +82,10 @@ class linear {
   qeft::permutation order_;  // of the weight's columns; empty: that of the inputs
   activation_type activations_ = activation_type::exact;
 };
+
+/// dw += dy^T x: gradient of a weight, or of columns of it.
+/// @param dy (tokens, rows) @param x (tokens, columns) @param dw (rows, columns)
+void add_weight_gradient(const qeft::on_host& exec, const float* dy, qeft::index_t rows,
+                         const float* x, qeft::index_t columns, qeft::index_t tokens, float* dw);
 
 }  // namespace qeft_llm

@@ -168,6 +168,17 @@ void rope_table::rotate(float* head, index_t position) const noexcept {
   }
 }
 
+void rope_table::rotate_back(float* head, index_t position) const noexcept {
+  const float* c = cos_.data() + position * half_;
+  const float* s = sin_.data() + position * half_;
+  for (index_t i = 0; i < half_; ++i) {
+    const float a = head[i];
+    const float b = head[i + half_];
+    head[i] = a * c[i] + b * s[i];
+    head[i + half_] = b * c[i] - a * s[i];
+  }
+}
+
 std::string linear_name(index_t block, linear_kind kind) {
   return "model.layers." + std::to_string(block) + "." + suffix_of(kind);
 }
@@ -233,24 +244,31 @@ block load_block(const qeft::on_host& exec, const model_source& source, index_t 
 void attend(const qeft::on_host& exec, const model_config& config, const rope_table& rope,
             const block& b, const float* x, index_t tokens, index_t first, block_cache& cache,
             float* out) {
-  const index_t heads = config.num_attention_heads;
-  const index_t dim = config.head_dim;
-  const index_t value_heads = config.num_key_value_heads;
-  const auto q = room(tokens * heads * dim);
-  const auto k = room(tokens * value_heads * dim);
-  const auto v = room(tokens * value_heads * dim);
+  const auto q = room(tokens * b.q.out_channels());
+  const auto k = room(tokens * b.k.out_channels());
+  const auto v = room(tokens * b.v.out_channels());
   b.q.forward(exec, x, tokens, q.get());
   b.k.forward(exec, x, tokens, k.get());
   b.v.forward(exec, x, tokens, v.get());
+  rotate_and_attend(exec, config, rope, b.window, q.get(), k.get(), v.get(), tokens, first, cache,
+                    out);
+}
+
+void rotate_and_attend(const qeft::on_host& exec, const model_config& config,
+                       const rope_table& rope, index_t window, float* q, float* k, const float* v,
+                       index_t tokens, index_t first, block_cache& cache, float* out) {
+  const index_t heads = config.num_attention_heads;
+  const index_t dim = config.head_dim;
+  const index_t value_heads = config.num_key_value_heads;
   exec.parallel_for(tokens, rotation_grain, [&](index_t begin, index_t end) {
     for (index_t t = begin; t < end; ++t) {
-      float* keys = k.get() + t * value_heads * dim;
-      for (index_t h = 0; h < heads; ++h) rope.rotate(q.get() + (t * heads + h) * dim, first + t);
+      float* keys = k + t * value_heads * dim;
+      for (index_t h = 0; h < heads; ++h) rope.rotate(q + (t * heads + h) * dim, first + t);
       for (index_t h = 0; h < value_heads; ++h) rope.rotate(keys + h * dim, first + t);
-      cache.store(first + t, keys, v.get() + t * value_heads * dim);
+      cache.store(first + t, keys, v + t * value_heads * dim);
     }
   });
-  causal_attention(exec, cache, heads, q.get(), tokens, first, b.window, out);
+  causal_attention(exec, cache, heads, q, tokens, first, window, out);
 }
 
 void mlp_inner(const qeft::on_host& exec, const block& b, const float* x, index_t tokens,

@@ -54,6 +54,8 @@ class rope_table {
   rope_table(const model_config& config, qeft::index_t positions);
   /// Rotates one head, (head_dim), in place. @pre 0 <= position < positions
   void rotate(float* head, qeft::index_t position) const noexcept;
+  /// The other way round, which is also the gradient of rotate.
+  void rotate_back(float* head, qeft::index_t position) const noexcept;
 
  private:
   qeft::index_t half_ = 0;
@@ -98,6 +100,12 @@ block load_block(const qeft::on_host& exec, const model_source& source, qeft::in
 void attend(const qeft::on_host& exec, const model_config& config, const rope_table& rope,
             const block& b, const float* x, qeft::index_t tokens, qeft::index_t first,
             block_cache& cache, float* out);
+/// The part of attend behind the products: rotates q, (tokens, heads * head_dim), and k,
+/// (tokens, key/value heads * head_dim), in place, stores k and v in the cache, and attends.
+void rotate_and_attend(const qeft::on_host& exec, const model_config& config,
+                       const rope_table& rope, qeft::index_t window, float* q, float* k,
+                       const float* v, qeft::index_t tokens, qeft::index_t first,
+                       block_cache& cache, float* out);
 /// silu(gate x) * up x: down_proj's input, (tokens, intermediate_size).
 void mlp_inner(const qeft::on_host& exec, const block& b, const float* x, qeft::index_t tokens,
                float* out);

@@ -11,11 +11,11 @@
 #include <utility>
 #include <vector>
 
+#include "checkpoint_model.hpp"
 #include "elementwise.hpp"
 #include "qeft/io/checkpoint.hpp"
 #include "qeft/io/convert.hpp"
 #include "qeft/io/safetensors.hpp"
-#include "reference_model.hpp"
 #include "support/cases.hpp"
 #include "support/catch.hpp"
 #include "support/skip.hpp"
@@ -30,48 +30,6 @@ using qeft::index_t;
 using qeft::io::dtype;
 
 namespace {
-
-/// A model directory of random tensors, FP16 or quantised, and the same numbers in memory.
-struct random_model : reference_model {
-  temporary_directory directory;
-
-  /// @param quantised the linears, by name without ".weight", to write as quantised layers
-  random_model(json source, std::uint64_t seed,
-               std::map<std::string, qeft::matrix_descriptor> quantised = {})
-      : reference_model{parse_config(source, "tiny"), {}} {
-    tensors = random_tensors(config, dtype::f16, seed);
-    random_source random(seed);
-    std::map<std::string, packed_matrix> packed;
-    qeft::io::safetensors_writer writer;
-    for (const tensor_spec& spec : expected_tensors(config)) {
-      const std::string name = spec.name.substr(0, spec.name.rfind('.'));
-      const auto layer = quantised.find(name);
-      if (layer == quantised.end() || spec.shape.size() == 1) {
-        add_tensor(writer, spec, tensors.at(spec.name), dtype::f16);
-        continue;
-      }
-      layer->second.out_channels = spec.shape[0];
-      layer->second.in_channels = spec.shape[1];
-      const plain_layer plain = random_layer(layer->second, random);
-      const std::vector<float> weights = weights_of(plain);
-      tensors.at(spec.name).assign(weights.begin(), weights.end());
-      const auto at = packed.emplace(name, pack<qeft::layout::row_packed>(plain)).first;
-      qeft::io::add_linear(writer, name, at->second, plain.weak_columns);
-    }
-    if (!quantised.empty()) {
-      qeft::io::quantization_config q;
-      for (const auto& [name, d] : quantised) q.layers[name] = d;
-      source["quantization_config"] = qeft::io::to_json(q);
-    }
-    writer.write(directory / "model.safetensors");
-    write_all(directory / "config.json", source.dump());
-  }
-
-  std::vector<int> tokens(std::size_t count) const { return random_tokens(config, count, count); }
-  llama_model model(int threads = 2) const {
-    return {qeft::on_host(threads), model_source(directory.path())};
-  }
-};
 
 /// Logits of tokens that are appended in pieces of these sizes.
 std::vector<float> logits_in_pieces(llama_model model, const std::vector<int>& tokens,
@@ -91,7 +49,7 @@ std::vector<float> logits_in_pieces(llama_model model, const std::vector<int>& t
 }
 
 /// Of a sequence in one piece, token by token, and in uneven pieces.
-double worst_error_of(const random_model& m) {
+double worst_error_of(const checkpoint_model& m) {
   const std::vector<int> tokens = m.tokens(70);
   const std::vector<double> expected = m.logits(tokens);
   const std::vector<index_t> cuts[] = {{70}, std::vector<index_t>(70, 1), {33, 33, 4}};
@@ -140,7 +98,7 @@ TEST_CASE("the decoder computes what its definition says", "[llm]") {
   };
   for (const json& changes : variants) {
     CAPTURE(changes.dump());
-    CHECK(worst_error_of(random_model(tiny_config(changes), 1)) < 2e-6);
+    CHECK(worst_error_of(checkpoint_model(tiny_config(changes), 1)) < 2e-6);
   }
 }
 
@@ -154,7 +112,7 @@ TEST_CASE("quantised layers of every placement run in the decoder", "[llm]") {
     d.heads = heads;
     return d;
   };
-  const random_model m(
+  const checkpoint_model m(
       tiny_config(), 5,
       {{linear_name(0, linear_kind::q), format(4, qeft::weak_kind::tail, 8)},
        {linear_name(0, linear_kind::o), format(4, qeft::weak_kind::indexed, 5)},
@@ -167,7 +125,7 @@ TEST_CASE("quantised layers of every placement run in the decoder", "[llm]") {
 
 TEST_CASE("a sequence gives the same bits however it is cut and however many threads", "[llm]") {
   for (const index_t window : {0, 21}) {
-    const random_model m(
+    const checkpoint_model m(
         tiny_config({{"model_type", "mistral"},
                      {"sliding_window", window == 0 ? json(nullptr) : json(window)},
                      {"head_dim", 40}}),
@@ -186,7 +144,7 @@ TEST_CASE("a sequence gives the same bits however it is cut and however many thr
 }
 
 TEST_CASE("the tap sees the input of every linear", "[llm]") {
-  const random_model m(tiny_config(), 7);
+  const checkpoint_model m(tiny_config(), 7);
   llama_model model = m.model();
   model.reset(9);
   std::map<linear_kind, int> seen;
@@ -200,7 +158,7 @@ TEST_CASE("the tap sees the input of every linear", "[llm]") {
 }
 
 TEST_CASE("sequences that do not fit and unknown tokens are refused", "[llm]") {
-  llama_model model = random_model(tiny_config(), 7).model();
+  llama_model model = checkpoint_model(tiny_config(), 7).model();
   CHECK_THROWS_WITH(model.reset(129), contains("max_position_embeddings is 128"));
   CHECK_THROWS_AS(model.reset(0), qeft::error);
   model.reset(3);

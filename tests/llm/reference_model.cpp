@@ -151,16 +151,24 @@ std::vector<double> reference_model::logits(const std::vector<int>& tokens) cons
   return all;
 }
 
-double reference_model::loss(const std::vector<int>& tokens) const {
+double reference_model::loss(const std::vector<int>& tokens,
+                             const std::vector<char>& counted) const {
   const values all = logits(tokens);
   double total = 0;
-  for (std::size_t t = 0; t + 1 < tokens.size(); ++t) {
-    const double* row = all.data() + static_cast<index_t>(t) * config.vocab_size;
+  for (std::size_t t = 1; t < tokens.size(); ++t) {
+    if (counted[t] == 0) continue;
+    const double* row = all.data() + static_cast<index_t>(t - 1) * config.vocab_size;
     double sum = 0;
     for (index_t id = 0; id < config.vocab_size; ++id) sum += std::exp(row[id]);
-    total += std::log(sum) - row[tokens[t + 1]];
+    total += std::log(sum) - row[tokens[t]];
   }
-  return total / static_cast<double>(tokens.size() - 1);
+  return total;
+}
+
+double reference_model::loss(const std::vector<int>& tokens) const {
+  std::vector<char> counted(tokens.size(), 1);
+  counted[0] = 0;
+  return loss(tokens, counted) / static_cast<double>(tokens.size() - 1);
 }
 
 json tiny_config(const json& changes) {

@@ -29,7 +29,9 @@ class reference_model {
 
   /// (tokens, vocabulary)
   std::vector<double> logits(const std::vector<int>& tokens) const;
-  /// Mean cross-entropy of predicting tokens[1..], each from those before it.
+  /// Sum of -log p of the tokens that are counted, each predicted from those before it.
+  double loss(const std::vector<int>& tokens, const std::vector<char>& counted) const;
+  /// Mean of -log p of all tokens but the first.
   double loss(const std::vector<int>& tokens) const;
 
  private:
