@@ -94,7 +94,8 @@ column_sensitivities gradient_sensitivity(const qeft::on_host& exec, const model
     const double predictions = static_cast<double>(window.size()) - 1;
     try {
       const double loss = model.backward(sample, 1 / predictions) / predictions;
-      if (progress) progress(number++, loss);
+      if (progress) progress(number, loss);
+      ++number;
     } catch (const qeft::error& e) {
       fail(e.code(), "gradient_sensitivity: sample " + std::to_string(number) + ": " + e.what());
     }

@@ -2,7 +2,6 @@
 // The only file that instantiates the kernels.
 #include "linear.hpp"
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -11,6 +10,7 @@
 #include <utility>
 
 #include "qeft/container/repack.hpp"
+#include "qeft/cpu/backward.hpp"
 #include "qeft/cpu/matmul.hpp"
 #include "qeft/io/convert.hpp"
 
@@ -166,48 +166,19 @@ void linear::forward(const qeft::on_host& exec, const float* x, index_t tokens, 
   s.throw_if_error();
 }
 
-// Stand-ins for the library's backward products.
-using eigen_matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-using eigen_view = Eigen::Map<const eigen_matrix>;
-
 void linear::add_input_gradient(const qeft::on_host& exec, const float* dy, index_t tokens,
                                 float* dx) const {
-  const index_t ic = in_channels();
-  const index_t oc = out_channels();
-  eigen_matrix transposed(ic, oc);
-  const eigen_matrix identity = eigen_matrix::Identity(ic, ic);
-  qeft::gemm(exec, weight_, identity.data(), ic, transposed.data(), bias_if_any{nullptr})
-      .throw_if_error();
-  exec.parallel_for(tokens, 64, [&](index_t begin, index_t end) {
-    for (index_t t = begin; t < end; t += 64) {
-      const index_t n = std::min<index_t>(64, end - t);
-      Eigen::Map<eigen_matrix>(dx + t * ic, n, ic).noalias() +=
-          eigen_view(dy + t * oc, n, oc) * transposed.transpose();
-    }
-  });
+  qeft::input_gradient(exec, weight_, dy, tokens, dx, true).throw_if_error();
 }
 
-void linear::gather_weak(const qeft::on_host&, const float* x, index_t tokens,
+void linear::gather_weak(const qeft::on_host& exec, const float* x, index_t tokens,
                          float* x_weak) const {
-  qeft::visit_weak(descriptor(), weight_.weak_index().data(), [&](const auto& weak) {
-    for (index_t t = 0; t < tokens; ++t) {
-      for (index_t j = 0; j < weak.count(); ++j) {
-        *x_weak++ = x[t * in_channels() + weak.weak_column(j, in_channels())];
-      }
-    }
-  });
+  qeft::gather_weak(exec, weight_, x, tokens, x_weak).throw_if_error();
 }
 
 void add_weight_gradient(const qeft::on_host& exec, const float* dy, index_t rows, const float* x,
                          index_t columns, index_t tokens, float* dw) {
-  exec.parallel_for(rows, 64, [&](index_t begin, index_t end) {
-    for (index_t n = begin; n < end; n += 64) {
-      const index_t size = std::min<index_t>(64, end - n);
-      Eigen::Map<eigen_matrix>(dw + n * columns, size, columns).noalias() +=
-          eigen_view(dy, tokens, rows).middleCols(n, size).transpose() *
-          eigen_view(x, tokens, columns);
-    }
-  });
+  qeft::weak_gradient(exec, rows, columns, dy, x, tokens, dw, true).throw_if_error();
 }
 
 std::vector<float> linear::read_weak() const {
