@@ -50,7 +50,7 @@ struct tuned_case {
   const char* name;
   json changes;
   qeft::matrix_descriptor d;
-  std::size_t tokens = 9;
+  std::size_t tokens = 20;
 
   checkpoint_model write(std::uint64_t seed) const {
     json source = {{"hidden_size", 64},        {"intermediate_size", 96}, {"num_hidden_layers", 2},
@@ -145,7 +145,7 @@ double derivative(const checkpoint_model& m, const training_sample& sample,
 /// in all of them.
 double worst_gradient(checkpoint_model& m, const std::vector<parameter>& parameters,
                       const training_sample& sample, double factor) {
-  constexpr int samples = 48;
+  constexpr int samples = 24;
   random_source random(3);
   double worst = 0;
   for (const parameter& p : parameters) {
