@@ -5,13 +5,11 @@
 #include <memory>
 #include <utility>
 
-#include "elementwise.hpp"
 #include "llama.hpp"
 #include "tuned_model.hpp"
 
 namespace qeft_llm {
 
-using qeft::errc;
 using qeft::fail;
 using qeft::index_t;
 

@@ -26,8 +26,8 @@ using gradient_progress = std::function<void(qeft::index_t sample, double loss)>
 /// do not cancel.
 ///
 /// Runs the full-precision model forward and backward in FP32, one sample at a time. All weights
-/// stay resident, 4 bytes each. Of the activations only each block's input is kept; the backward
-/// pass computes the block again. Results do not depend on the number of threads.
+/// stay resident, in 16 bits as in inference. Of the activations only each block's input is kept;
+/// the backward pass computes the block again. Results do not depend on the number of threads.
 /// @param windows token ids, at least 2 per sample; samples may differ in length
 /// @throws qeft::error for a missing or misshapen tensor, a short sample, a token outside of the
 ///         vocabulary, or a loss that is not finite
