@@ -1439,7 +1439,8 @@ chat_template::chat_template(const std::string& source, std::string where)
 }
 
 marked_text chat_template::render(const std::vector<chat_message>& messages,
-                                  const std::map<std::string, std::string>& tokens) const {
+                                  const std::map<std::string, std::string>& tokens,
+                                  bool answer) const {
   value_list turns;
   for (const chat_message& m : messages) {
     auto fields = std::make_shared<value_entries>();
@@ -1448,7 +1449,7 @@ marked_text chat_template::render(const std::vector<chat_message>& messages,
     turns.emplace_back(mapping_value{fields});
   }
   value_entries globals = {{"messages", make_list(std::move(turns))},
-                           {"add_generation_prompt", true},
+                           {"add_generation_prompt", answer},
                            {"tools", none_value{}},
                            {"documents", none_value{}}};
   for (const auto& [name, text] : tokens) globals.emplace_back(name, make_text(text));

@@ -22,7 +22,7 @@ struct template_node;  // chat_template.cpp
 /// A template in the part of Jinja that published chat templates use: if, for, set, namespaces,
 /// slices, the usual filters, tests and methods of strings, with the white space rules of
 /// `transformers` (trim_blocks, lstrip_blocks). It is executed, not guessed at: the text is what
-/// `apply_chat_template(messages, add_generation_prompt=True)` gives. Anything else is refused by
+/// `apply_chat_template(messages, add_generation_prompt=...)` gives. Anything else is refused by
 /// name and line. Immutable; copies share the parsed template.
 class chat_template {
  public:
@@ -30,11 +30,12 @@ class chat_template {
   chat_template(const std::string& source, std::string where);
 
   /// @param tokens bos_token, eos_token and so on, as the template names them
+  /// @param answer whether the text goes on to where an assistant begins to speak
   /// @return the text, with what messages say marked
   /// Throws qeft::error errc::invalid_argument for what the template itself refuses (turns that do
   /// not alternate, roles it does not know).
   marked_text render(const std::vector<chat_message>& messages,
-                     const std::map<std::string, std::string>& tokens) const;
+                     const std::map<std::string, std::string>& tokens, bool answer = true) const;
 
  private:
   std::string where_;

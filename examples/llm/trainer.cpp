@@ -1,0 +1,355 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "trainer.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <utility>
+
+#include "qeft/io/convert.hpp"
+#include "qeft/io/json_fields.hpp"
+#include "qeft/io/safetensors.hpp"
+#include "qeft/training/gradient_norm.hpp"
+#include "training_data.hpp"
+
+namespace qeft_llm {
+
+namespace io = qeft::io;
+using nlohmann::json;
+using qeft::errc;
+using qeft::fail;
+using qeft::index_t;
+using qeft::text;
+
+namespace {
+
+qeft::span<float> values(const parameter& p) { return {p.value, p.size()}; }
+qeft::span<float> gradients(const parameter& p) { return {p.gradient, p.size()}; }
+
+index_t counted_in(const training_sample& s) {
+  return std::count_if(s.counted.begin(), s.counted.end(), [](char c) { return c != 0; });
+}
+
+index_t counted_in(const std::vector<training_sample>& samples) {
+  index_t sum = 0;
+  for (const training_sample& s : samples) sum += counted_in(s);
+  return sum;
+}
+
+template <class Value>
+[[noreturn]] void refuse(const char* name, const Value& value, const std::string& rule) {
+  fail(errc::invalid_argument, text("trainer: ", name, " is ", value, ", but must be ", rule));
+}
+
+void check_samples(const std::vector<training_sample>& samples, const char* which) {
+  for (std::size_t i = 0; i < samples.size(); ++i) {
+    const training_sample& s = samples[i];
+    if (s.counted.size() != s.tokens.size() || counted_in(s) == 0 || s.counted.front() != 0) {
+      fail(errc::invalid_argument,
+           text("trainer: ", which, " sample ", i, " has ", s.tokens.size(), " tokens, of which ",
+                counted_in(s), " of ", s.counted.size(),
+                " count, but must have some that count, and not the first"));
+    }
+  }
+}
+
+std::vector<std::vector<float>> zeros_for(const std::vector<parameter>& parameters) {
+  std::vector<std::vector<float>> all;
+  for (const parameter& p : parameters) all.emplace_back(static_cast<std::size_t>(p.size()));
+  return all;
+}
+
+std::vector<std::vector<float>> values_of(const std::vector<parameter>& parameters) {
+  std::vector<std::vector<float>> all;
+  for (const parameter& p : parameters) all.emplace_back(p.value, p.value + p.size());
+  return all;
+}
+
+void set_values(const std::vector<parameter>& parameters,
+                const std::vector<std::vector<float>>& all) {
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    std::copy(all[i].begin(), all[i].end(), parameters[i].value);
+  }
+}
+
+/// As a file gives it back.
+json stored(const json& value) {
+  return json::parse(value.dump(-1, ' ', false, json::error_handler_t::replace));
+}
+
+void check_setting(const json& earlier, const json& given, const std::string& where) {
+  const auto shown = [](const json& object, const std::string& key) {
+    return object.contains(key) ? io::dump_json(object.at(key)) : std::string("nothing");
+  };
+  json both = earlier;
+  both.update(given);
+  for (const auto& [key, ignored] : both.items()) {
+    if (shown(earlier, key) == shown(given, key)) continue;
+    fail(errc::invalid_argument,
+         where + " is of a run with another " + key + ": " + shown(earlier, key) + " there, " +
+             shown(given, key) + " here; give what that run was given, or remove it to start anew");
+  }
+}
+
+double number(const io::json_fields& fields, const char* key) {
+  const json& value = *fields.find(key);
+  if (!value.is_number() || !std::isfinite(value.get<double>())) fields.refuse(key, "a number");
+  return value.get<double>();
+}
+
+}  // namespace
+
+index_t steps_of(index_t samples, index_t batch) { return qeft::ceil_div(samples, batch); }
+
+trainer::trainer(const qeft::on_host& exec, trainable& model, const trainer_options& options,
+                 const std::vector<training_sample>& training,
+                 const std::vector<training_sample>& validation)
+    : exec_(exec),
+      model_(model),
+      options_(options),
+      training_(training),
+      validation_(validation),
+      dropout_{static_cast<float>(options.weak_dropout),
+               qeft::counter_bits(options.seed, for_dropout)} {
+  if (options_.steps < 1) refuse("steps", options_.steps, "at least 1");
+  if (options_.batch < 1) refuse("batch", options_.batch, "at least 1");
+  if (options_.eval_every < 0) refuse("eval_every", options_.eval_every, "at least 0");
+  if (options_.samples == 0) options_.samples = options_.steps * options_.batch;
+  if (steps_of(options_.samples, options_.batch) != options_.steps) {
+    refuse("samples", options_.samples,
+           text("what ", options_.steps, " steps of ", options_.batch, " take"));
+  }
+  if (!(options_.clip >= 0 && std::isfinite(options_.clip))) {
+    refuse("clip", options_.clip, "a number of at least 0");
+  }
+  if (!(options_.weak_dropout >= 0 && options_.weak_dropout < 1)) {
+    refuse("weak_dropout", options_.weak_dropout, "in [0, 1)");
+  }
+  options_.rate.steps = options_.steps;
+  qeft::check(options_.rate);
+  qeft::make_adamw_step(options_.adamw, options_.rate.peak, 0);
+  if (training_.empty()) refuse("training", "empty", "some samples");
+  if (model_.parameters().empty()) refuse("model", "frozen", "one with parameters to train");
+  check_samples(training_, "training");
+  check_samples(validation_, "validation");
+  m_ = zeros_for(model_.parameters());
+  v_ = zeros_for(model_.parameters());
+  if (options_.adamw.l2_sp > 0 || options_.weak_dropout > 0) {
+    initial_ = values_of(model_.parameters());
+  }
+}
+
+/// action(), whose error for what is not finite names the step and what to do.
+template <class Action>
+auto trainer::explained(const Action& action) const {
+  try {
+    return action();
+  } catch (const qeft::error& e) {
+    if (e.code() != errc::not_finite) throw;
+    fail(errc::not_finite,
+         text("training: step ", step_ + 1, ": ", e.what(), "; try a lower --lr (here ",
+              options_.rate.peak, "), a longer --warmup or a lower --clip (here ", options_.clip,
+              ")"));
+  }
+}
+
+void trainer::check_finite(double value, const char* what) const {
+  if (!std::isfinite(value)) fail(errc::not_finite, text(what, " is ", value));
+}
+
+const training_sample& trainer::sample_at(index_t position) {
+  const auto count = static_cast<index_t>(training_.size());
+  if (pass_ != position / count) {
+    pass_ = position / count;
+    order_ = random_order(count, qeft::counter_bits(options_.seed, for_order, pass_));
+  }
+  const index_t chosen = order_[static_cast<std::size_t>(position % count)];
+  return training_[static_cast<std::size_t>(chosen)];
+}
+
+void trainer::drop_columns() {
+  if (options_.weak_dropout == 0) return;
+  const std::vector<parameter>& all = model_.parameters();
+  trained_ = values_of(all);
+  for (std::size_t l = 0; l < all.size(); ++l) {
+    const parameter& p = all[l];
+    exec_.parallel_for(p.size(), 4096, [&](index_t begin, index_t end) {
+      for (index_t i = begin; i < end; ++i) {
+        const float scale = dropout_.scale(step_, static_cast<index_t>(l), i % p.columns);
+        p.value[i] =
+            qeft::dropped_value(initial_[l][static_cast<std::size_t>(i)], p.value[i], scale);
+      }
+    });
+  }
+  model_.update();
+}
+
+/// The trained values again, and their gradients: those of the dropped ones by the chain rule.
+void trainer::restore_columns() {
+  if (options_.weak_dropout == 0) return;
+  const std::vector<parameter>& all = model_.parameters();
+  set_values(all, trained_);
+  for (std::size_t l = 0; l < all.size(); ++l) {
+    const parameter& p = all[l];
+    exec_.parallel_for(p.size(), 4096, [&](index_t begin, index_t end) {
+      for (index_t i = begin; i < end; ++i) {
+        p.gradient[i] *= dropout_.scale(step_, static_cast<index_t>(l), i % p.columns);
+      }
+    });
+  }
+}
+
+/// Of the samples at [first, last). @return the sum of their losses
+double trainer::add_gradients(index_t first, index_t last, index_t counted) {
+  model_.clear_gradients();
+  double sum = 0;
+  for (index_t i = first; i < last; ++i) {
+    sum += model_.backward(sample_at(i), 1.0 / static_cast<double>(counted));
+  }
+  return sum;
+}
+
+std::optional<double> trainer::measure_start() {
+  if (step_ > 0 || best_ || validation_.empty()) return std::nullopt;
+  start_loss_ = validate();
+  keep_if_best(*start_loss_);
+  return start_loss_;
+}
+
+step_report trainer::advance() {
+  measure_start();
+  const auto start = std::chrono::steady_clock::now();
+  step_report report;
+  const index_t first = step_ * options_.batch;
+  const index_t last = std::min(first + options_.batch, options_.samples);
+  index_t counted = 0;
+  for (index_t i = first; i < last; ++i) {
+    counted += counted_in(sample_at(i));
+    report.tokens += static_cast<index_t>(sample_at(i).tokens.size());
+  }
+  report.rate = qeft::rate_at(options_.rate, step_);
+  const std::vector<parameter>& all = model_.parameters();
+  explained([&] {
+    drop_columns();
+    report.loss = add_gradients(first, last, counted) / static_cast<double>(counted);
+    check_finite(report.loss, "the loss");
+    restore_columns();
+    std::vector<qeft::span<const float>> arrays;
+    for (const parameter& p : all) arrays.emplace_back(p.gradient, p.size());
+    report.gradient_norm = qeft::global_norm(exec_, arrays);
+    check_finite(report.gradient_norm, "the norm of the gradient");
+    const auto scale = static_cast<float>(qeft::clip_factor(report.gradient_norm, options_.clip));
+    const auto adamw = qeft::make_adamw_step(options_.adamw, report.rate, step_);
+    for (std::size_t l = 0; l < all.size(); ++l) {
+      const qeft::span<const float> origin = options_.adamw.l2_sp > 0
+                                                 ? qeft::span<const float>(initial_[l])
+                                                 : qeft::span<const float>(values(all[l]));
+      qeft::adamw_update(exec_, adamw, gradients(all[l]), scale, origin, values(all[l]),
+                         qeft::span<float>(m_[l]), qeft::span<float>(v_[l]));
+    }
+    model_.update();
+  });
+  ++step_;
+  report.step = step_;
+  report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (validates_now()) {
+    report.validation_loss = validate();
+    keep_if_best(*report.validation_loss);
+  }
+  return report;
+}
+
+bool trainer::validates_now() const {
+  if (validation_.empty()) return false;
+  return done() || (options_.eval_every > 0 && step_ % options_.eval_every == 0);
+}
+
+double trainer::validate() {
+  return explained([&] {
+    double sum = 0;
+    for (const training_sample& s : validation_) sum += model_.loss(s);
+    const double mean = sum / static_cast<double>(counted_in(validation_));
+    check_finite(mean, "the validation loss");
+    return mean;
+  });
+}
+
+void trainer::keep_if_best(double loss) {
+  if (best_ && !(loss < best_->loss)) return;
+  best_ = best_result{loss, step_};
+  best_values_ = values_of(model_.parameters());
+}
+
+void trainer::take_best() {
+  if (!best_) return;
+  set_values(model_.parameters(), best_values_);
+  model_.update();
+}
+
+void trainer::save(const std::filesystem::path& file, const json& setting) const {
+  json state = {{"step", step_}};
+  if (best_) {
+    state["best"] = best_->loss;
+    state["best_step"] = best_->step;
+  }
+  if (start_loss_) state["start"] = *start_loss_;
+  io::safetensors_writer writer(std::map<std::string, std::string>{
+      {"setting", stored(setting).dump()}, {"state", state.dump()}});
+  const std::vector<parameter>& all = model_.parameters();
+  for (std::size_t l = 0; l < all.size(); ++l) {
+    const parameter& p = all[l];
+    const auto add = [&](const char* what, qeft::span<const float> array) {
+      writer.add(what + p.name, io::dtype::f32, {p.rows, p.columns}, io::as_bytes(array));
+    };
+    add("value.", values(p));
+    add("m.", m_[l]);
+    add("v.", v_[l]);
+    if (best_) add("best.", best_values_[l]);
+  }
+  writer.write(file);
+}
+
+void trainer::load(const std::filesystem::path& file, const json& setting) {
+  const io::safetensors_reader reader(file);
+  const io::safetensors_file& only = reader.files().front();
+  const auto metadata = [&](const char* key) {
+    const auto found = only.metadata().find(key);
+    if (found == only.metadata().end()) {
+      io::fail_corrupt(only.where(), std::string("__metadata__ '") + key + "' is missing");
+    }
+    return io::parse_json(found->second, only.where() + ": " + key);
+  };
+  if (!only.verify_checksum()) io::fail_corrupt(only.where(), "has no checksum");
+  check_setting(metadata("setting"), stored(setting), only.where());
+  const json state = metadata("state");
+  const io::json_fields fields(state, only.where() + ": state");
+  const index_t step = fields.integer("step", 0, options_.steps);
+  std::optional<best_result> best;
+  if (fields.has("best"))
+    best = best_result{number(fields, "best"), fields.integer("best_step", 0, step)};
+  std::optional<double> start;
+  if (fields.has("start")) start = number(fields, "start");
+  const std::vector<parameter>& all = model_.parameters();
+  const auto read = [&](const char* what) {
+    std::vector<numbers> arrays;
+    for (const parameter& p : all) {
+      arrays.push_back(
+          io::to_floats(reader.at(what + p.name, io::dtype::f32, {p.rows, p.columns})));
+    }
+    return arrays;
+  };
+  const auto trained = read("value.");
+  auto m = read("m.");
+  auto v = read("v.");
+  auto best_values = best ? read("best.") : std::vector<numbers>();
+  set_values(all, trained);
+  m_ = std::move(m);
+  v_ = std::move(v);
+  best_values_ = std::move(best_values);
+  best_ = best;
+  start_loss_ = start;
+  step_ = step;
+  model_.update();
+}
+
+}  // namespace qeft_llm

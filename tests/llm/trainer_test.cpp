@@ -1,0 +1,438 @@
+// SPDX-License-Identifier: Apache-2.0
+// The trainer on a problem whose every step can be written down: a quadratic that a sample of
+// tokens pulls to its own target.
+#include "trainer.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <set>
+
+#include "support/catch.hpp"
+#include "support/throws.hpp"
+#include "training_data.hpp"
+#include "unit/io/temporary_directory.hpp"
+
+namespace {
+
+using namespace qeft_llm;
+using namespace qeft_test;
+using nlohmann::json;
+using qeft::errc;
+using qeft::index_t;
+
+using numbers = std::vector<float>;
+using samples = std::vector<training_sample>;
+
+/// loss of a counted token t: sum over the values of (value - t)^2 / 2. What it reads of the values
+/// is made by update(), as in a model.
+class quadratic final : public trainable {
+ public:
+  quadratic() {
+    for (std::size_t i = 0; i < 2; ++i) {
+      values_[i] = {1, 2, 3, 4, 5, 6};
+      gradients_[i].resize(6);
+      parameters_.push_back(
+          {i == 0 ? "a.weak" : "b.weak", 2, 3, values_[i].data(), gradients_[i].data()});
+    }
+    update();
+  }
+
+  const std::vector<parameter>& parameters() const override { return parameters_; }
+  void clear_gradients() override {
+    for (numbers& g : gradients_) std::fill(g.begin(), g.end(), 0.0F);
+  }
+  double backward(const training_sample& s, double factor) override {
+    seen.push_back(s.tokens[1]);
+    read_by_backward.push_back(read_[0]);
+    for (std::size_t t = 0; t < s.tokens.size(); ++t) {
+      if (s.counted[t] == 0) continue;
+      for (std::size_t p = 0; p < 2; ++p) {
+        for (std::size_t i = 0; i < 6; ++i) {
+          const float difference = read_[p][i] - static_cast<float>(s.tokens[t]);
+          gradients_[p][i] += static_cast<float>(factor) * difference;
+        }
+      }
+    }
+    return broken(seen.size()) ? static_cast<double>(NAN) : loss(s);
+  }
+  double loss(const training_sample& s) override {
+    double sum = 0;
+    for (std::size_t t = 0; t < s.tokens.size(); ++t) {
+      if (s.counted[t] == 0) continue;
+      for (const numbers& p : read_) {
+        for (const float x : p) {
+          const double difference = static_cast<double>(x) - s.tokens[t];
+          sum += difference * difference / 2;
+        }
+      }
+    }
+    return sum;
+  }
+  void update() override {
+    ++updates;
+    for (std::size_t i = 0; i < 2; ++i) read_[i] = values_[i];
+  }
+
+  numbers all() const {
+    numbers joined = values_[0];
+    joined.insert(joined.end(), values_[1].begin(), values_[1].end());
+    return joined;
+  }
+  bool is_up_to_date() const { return read_[0] == values_[0] && read_[1] == values_[1]; }
+
+  std::vector<int> seen;                  // the second token of every sample trained on
+  std::vector<numbers> read_by_backward;  // the first parameter, each time
+  std::function<bool(std::size_t)> broken = [](std::size_t) { return false; };
+  int updates = 0;
+
+ private:
+  numbers values_[2];
+  numbers gradients_[2];
+  numbers read_[2];
+  std::vector<parameter> parameters_;
+};
+
+training_sample sample(std::vector<int> tokens) {
+  std::vector<char> counted(tokens.size(), 1);
+  counted[0] = 0;
+  return {std::move(tokens), std::move(counted)};
+}
+
+samples numbered(int count) {
+  samples all;
+  for (int i = 0; i < count; ++i) all.push_back(sample({0, i}));
+  return all;
+}
+
+trainer_options small_options(index_t steps) {
+  trainer_options o;
+  o.steps = steps;
+  o.batch = 2;
+  o.rate.peak = 0.05;
+  o.clip = 0;
+  return o;
+}
+
+std::vector<step_report> run(trainer& t) {
+  std::vector<step_report> all;
+  while (!t.done()) all.push_back(t.advance());
+  return all;
+}
+
+bool same_bits(const numbers& a, const numbers& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), 4 * a.size()) == 0;
+}
+
+const qeft::on_host exec(2);
+
+}  // namespace
+
+TEST_CASE("a step is AdamW on the mean gradient of the batch's counted tokens") {
+  const samples training = {sample({0, 3, 9}), sample({0, 4})};
+  quadratic model;
+  trainer_options o = small_options(4);
+  o.rate.kind = qeft::schedule_kind::linear;
+  o.rate.warmup = 2;
+  o.clip = 1.5;
+  o.adamw.weight_decay = 0.1;
+  o.adamw.l2_sp = 0.2;
+  trainer t(exec, model, o, training, {});
+  const auto reports = run(t);
+  REQUIRE(reports.size() == 4);
+
+  double w[6] = {1, 2, 3, 4, 5, 6};
+  double m[6] = {};
+  double v[6] = {};
+  const double rates[] = {0.025, 0.05, 0.05, 0.025};
+  for (int s = 0; s < 4; ++s) {
+    double loss = 0;
+    double norm = 0;
+    double g[6];
+    for (int i = 0; i < 6; ++i) {
+      g[i] = w[i] - 16.0 / 3;  // of 3, 9 and 4
+      norm += 2 * g[i] * g[i];
+      for (const int target : {3, 9, 4}) loss += 2 * (w[i] - target) * (w[i] - target) / 2 / 3;
+    }
+    norm = std::sqrt(norm);
+    const step_report& r = reports[static_cast<std::size_t>(s)];
+    CHECK(r.step == s + 1);
+    CHECK(r.tokens == 5);
+    CHECK(std::abs(r.rate - rates[s]) < 1e-12);
+    CHECK(std::abs(r.loss - loss) < 1e-4);
+    CHECK(std::abs(r.gradient_norm - norm) < 1e-4);
+    for (int i = 0; i < 6; ++i) {
+      const double clipped = g[i] * std::min(1.0, 1.5 / norm);
+      m[i] = 0.9 * m[i] + 0.1 * clipped;
+      v[i] = 0.999 * v[i] + 0.001 * clipped * clipped;
+      const double m_hat = m[i] / (1 - std::pow(0.9, s + 1));
+      const double v_hat = v[i] / (1 - std::pow(0.999, s + 1));
+      w[i] -= rates[s] * (m_hat / (std::sqrt(v_hat) + 1e-8) + 0.1 * w[i] + 0.2 * (w[i] - (i + 1)));
+    }
+  }
+  const numbers trained = model.all();
+  for (std::size_t i = 0; i < 12; ++i) {
+    CHECK(std::abs(static_cast<double>(trained[i]) - w[i % 6]) < 1e-5);
+  }
+  CHECK(model.is_up_to_date());
+  CHECK_FALSE(t.best());
+}
+
+TEST_CASE("every pass takes every sample once, in an order of its own that the seed decides") {
+  const auto order = [](std::uint64_t seed, index_t steps, index_t of_all) {
+    const samples training = numbered(7);
+    quadratic model;
+    trainer_options o = small_options(steps);
+    o.seed = seed;
+    o.samples = of_all;
+    trainer t(exec, model, o, training, {});
+    run(t);
+    return model.seen;
+  };
+  const auto seen = order(1, 11, 21);  // three passes; the last step has one sample
+  REQUIRE(seen.size() == 21);
+  std::set<std::vector<int>> passes;
+  for (int pass = 0; pass < 3; ++pass) {
+    const std::vector<int> one(seen.begin() + 7 * pass, seen.begin() + 7 * (pass + 1));
+    CHECK(std::set<int>(one.begin(), one.end()).size() == 7);
+    passes.insert(one);
+  }
+  CHECK(passes.size() == 3);
+  CHECK(order(1, 11, 21) == seen);
+  CHECK(order(2, 11, 21) != seen);
+  CHECK(order(1, 4, 0).size() == 8);
+  CHECK(steps_of(21, 2) == 11);
+  CHECK(steps_of(22, 2) == 11);
+}
+
+TEST_CASE("a run that is gone on with after any step ends with the same bits") {
+  const temporary_directory dir;
+  const samples training = numbered(5);
+  const samples validation = {sample({0, 2})};
+  trainer_options o = small_options(9);
+  o.eval_every = 2;
+  o.weak_dropout = 0.4;
+  o.adamw.l2_sp = 0.3;
+  o.rate.kind = qeft::schedule_kind::cosine;
+  const json setting = {{"--lr", 0.05}};
+  quadratic model;
+  trainer straight(exec, model, o, training, validation);
+  const auto reports = run(straight);
+  for (index_t stop = 0; stop <= 9; ++stop) {
+    quadratic first_model;
+    trainer first(exec, first_model, o, training, validation);
+    while (first.step() < stop) first.advance();
+    first.save(dir / "state", setting);
+    quadratic second_model;
+    trainer second(qeft::on_host(3), second_model, o, training, validation);
+    second.load(dir / "state", setting);
+    CHECK(second.step() == stop);
+    CHECK(second_model.is_up_to_date());
+    const auto rest = run(second);
+    REQUIRE(rest.size() == static_cast<std::size_t>(9 - stop));
+    for (std::size_t i = 0; i < rest.size(); ++i) {
+      const step_report& expected = reports[static_cast<std::size_t>(stop) + i];
+      CHECK(rest[i].loss == expected.loss);
+      CHECK(rest[i].gradient_norm == expected.gradient_norm);
+      CHECK(rest[i].validation_loss == expected.validation_loss);
+    }
+    CHECK(same_bits(second_model.all(), model.all()));
+    REQUIRE(second.best());
+    CHECK(second.best()->loss == straight.best()->loss);
+    CHECK(second.best()->step == straight.best()->step);
+    CHECK(second.start_loss() == straight.start_loss());
+    second.take_best();
+    quadratic third_model;
+    trainer third(exec, third_model, o, training, validation);
+    run(third);
+    third.take_best();
+    CHECK(same_bits(second_model.all(), third_model.all()));
+  }
+}
+
+TEST_CASE("a state of another run is refused by what differs, a damaged one by its name") {
+  const temporary_directory dir;
+  const samples training = numbered(5);
+  quadratic model;
+  trainer t(exec, model, small_options(3), training, {});
+  t.advance();
+  const numbers before = model.all();
+  const auto file = dir / "state";
+  t.save(file, {{"--lr", 0.05}, {"--batch", 2}});
+  const auto refused = [&](errc code, std::initializer_list<const char*> why, const json& setting) {
+    return throws_with(code, why, [&] { t.load(file, setting); });
+  };
+  CHECK(refused(errc::invalid_argument, {"state", "another --lr", "0.05 there", "0.1 here"},
+                {{"--lr", 0.1}, {"--batch", 2}}));
+  CHECK(refused(errc::invalid_argument, {"another --seed", "nothing there"},
+                {{"--lr", 0.05}, {"--batch", 2}, {"--seed", 1}}));
+  CHECK(refused(errc::invalid_argument, {"another --batch", "nothing here"}, {{"--lr", 0.05}}));
+  std::string bytes = read_all(file);
+  bytes[bytes.size() - 3] ^= 1;
+  write_all(file, bytes);
+  CHECK(refused(errc::corrupt_file, {"state", "damaged"}, {{"--lr", 0.05}, {"--batch", 2}}));
+  bytes.resize(bytes.size() / 2);
+  write_all(file, bytes);
+  CHECK(refused(errc::corrupt_file, {"state"}, {{"--lr", 0.05}, {"--batch", 2}}));
+  CHECK(model.all() == before);
+  CHECK(dir.files() == std::vector<std::string>{"state"});
+}
+
+TEST_CASE("the best parameters on validation data are kept, the initial ones among them") {
+  const samples training = {sample({0, 9})};  // pulls all to 9
+  const auto result = [&](int target, index_t steps) {
+    const samples validation = {sample({0, target}), sample({0, target, target})};
+    quadratic model;
+    const numbers initial = model.all();
+    trainer_options o = small_options(steps);
+    o.rate.peak = 0.5;
+    o.eval_every = 1;
+    trainer t(exec, model, o, training, validation);
+    double best = model.loss(validation[1]) / 2;  // per token, the same for both
+    CHECK(t.measure_start() == best);
+    CHECK_FALSE(t.measure_start());
+    index_t best_step = 0;
+    numbers best_values = initial;
+    while (!t.done()) {
+      const double loss = t.advance().validation_loss.value();
+      CHECK(std::abs(loss - model.loss(validation[0])) < 1e-9);
+      if (loss < best) {
+        best = loss;
+        best_step = t.step();
+        best_values = model.all();
+      }
+    }
+    t.take_best();
+    CHECK(model.all() == best_values);
+    CHECK(model.is_up_to_date());
+    CHECK(t.best()->loss == best);
+    CHECK(t.best()->step == best_step);
+    return best_step;
+  };
+  CHECK(result(-5, 6) == 0);
+  CHECK(result(9, 6) == 6);
+  const index_t between = result(5, 12);
+  CHECK((between > 0 && between < 12));
+}
+
+TEST_CASE("validation takes place when it is due") {
+  const samples training = numbered(3);
+  const samples validation = {sample({0, 2})};
+  const auto steps = [&](index_t every, index_t all) {
+    quadratic model;
+    trainer_options o = small_options(all);
+    o.eval_every = every;
+    trainer t(exec, model, o, training, validation);
+    std::vector<index_t> found;
+    for (const step_report& r : run(t)) {
+      if (r.validation_loss) found.push_back(r.step);
+    }
+    return found;
+  };
+  CHECK(steps(0, 5) == std::vector<index_t>{5});
+  CHECK(steps(2, 5) == std::vector<index_t>{2, 4, 5});
+  CHECK(steps(2, 4) == std::vector<index_t>{2, 4});
+}
+
+TEST_CASE("dropped columns are what they were, and get no gradient") {
+  const samples training = {sample({0, 7})};
+  trainer_options o = small_options(40);
+  o.batch = 1;
+  o.weak_dropout = 0.5;
+  quadratic model;
+  const numbers start = {1, 2, 3, 4, 5, 6};
+  trainer t(exec, model, o, training, {});
+  int dropped = 0;
+  int kept = 0;
+  double m[6] = {};
+  double v[6] = {};
+  for (int s = 0; s < 40; ++s) {
+    const numbers before = model.all();
+    t.advance();
+    // AdamW goes on from the trained values, not from the dropped ones.
+    for (std::size_t i = 0; i < 6; ++i) {
+      const auto g = static_cast<double>(model.parameters()[0].gradient[i]);
+      m[i] = 0.9 * m[i] + 0.1 * g;
+      v[i] = 0.999 * v[i] + 0.001 * g * g;
+      const double root = std::sqrt(v[i] / (1 - std::pow(0.999, s + 1))) + 1e-8;
+      const double move = 0.05 * m[i] / (1 - std::pow(0.9, s + 1)) / root;
+      CHECK(std::abs(static_cast<double>(model.all()[i]) -
+                     (static_cast<double>(before[i]) - move)) < 1e-5);
+    }
+    const numbers& read = model.read_by_backward.back();
+    for (std::size_t column = 0; column < 3; ++column) {
+      const bool is_dropped = model.parameters()[0].gradient[column] == 0;
+      (is_dropped ? dropped : kept) += 1;
+      for (const std::size_t i : {column, column + 3}) {
+        const float expected = is_dropped ? start[i] : start[i] + 2 * (before[i] - start[i]);
+        CHECK(read[i] == expected);
+        CHECK(model.parameters()[0].gradient[i] == (is_dropped ? 0.0F : 2 * (read[i] - 7)));
+      }
+    }
+    CHECK(model.is_up_to_date());
+  }
+  CHECK(dropped > 30);
+  CHECK(kept > 30);
+  // Otherwise no value moves but by steps.
+  quadratic plain;
+  o.weak_dropout = 0;
+  trainer without(exec, plain, o, training, {});
+  run(without);
+  CHECK(plain.updates == 1 + 40);
+}
+
+TEST_CASE("loss and gradients that are not finite stop the training, and the step is named") {
+  const samples training = numbered(4);
+  quadratic model;
+  model.broken = [](std::size_t call) { return call == 5; };  // the first sample of step 3
+  trainer t(exec, model, small_options(10), training, {});
+  CHECK(throws_with(errc::not_finite, {"step 3", "the loss is nan", "--lr (here 0.05)", "--clip"},
+                    [&] { run(t); }));
+  CHECK(t.step() == 2);
+
+  struct infinite_gradient final : public trainable {
+    quadratic inner;
+    const std::vector<parameter>& parameters() const override { return inner.parameters(); }
+    void clear_gradients() override { inner.clear_gradients(); }
+    double backward(const training_sample& s, double factor) override {
+      const double loss = inner.backward(s, factor);
+      inner.parameters()[1].gradient[4] = INFINITY;
+      return loss;
+    }
+    double loss(const training_sample& s) override { return inner.loss(s); }
+    void update() override { inner.update(); }
+  } infinite;
+  trainer bad(exec, infinite, small_options(1), training, {});
+  const numbers before = infinite.inner.all();
+  CHECK(throws_with(errc::not_finite, {"step 1", "the norm of the gradient is inf", "--clip"},
+                    [&] { run(bad); }));
+  CHECK(infinite.inner.all() == before);
+}
+
+TEST_CASE("options and samples that cannot be trained with are refused by name") {
+  const samples training = numbered(3);
+  const auto refused = [&](std::initializer_list<const char*> why, auto change,
+                           const samples& data = numbered(3)) {
+    return throws_with(errc::invalid_argument, why, [&] {
+      quadratic model;
+      trainer_options o = small_options(2);
+      change(o);
+      trainer(exec, model, o, data, {});
+    });
+  };
+  const auto nothing = [](trainer_options&) {};
+  CHECK(refused({"steps is 0"}, [](trainer_options& o) { o.steps = 0; }));
+  CHECK(refused({"batch is 0"}, [](trainer_options& o) { o.batch = 0; }));
+  CHECK(refused({"clip is nan"}, [](trainer_options& o) { o.clip = NAN; }));
+  CHECK(refused({"weak_dropout is 1"}, [](trainer_options& o) { o.weak_dropout = 1; }));
+  CHECK(refused({"eval_every is -1"}, [](trainer_options& o) { o.eval_every = -1; }));
+  CHECK(refused({"samples is 9"}, [](trainer_options& o) { o.samples = 9; }));
+  CHECK(refused({"peak is 0"}, [](trainer_options& o) { o.rate.peak = 0; }));
+  CHECK(refused({"warmup is 3"}, [](trainer_options& o) { o.rate.warmup = 3; }));
+  CHECK(refused({"l2_sp is -1"}, [](trainer_options& o) { o.adamw.l2_sp = -1; }));
+  CHECK(refused({"training is empty"}, nothing, {}));
+  CHECK(
+      refused({"training sample 1", "0 of 2 count"}, nothing, {sample({0, 1}), {{0, 1}, {0, 0}}}));
+  CHECK(refused({"training sample 0"}, nothing, {{{0, 1}, {1, 1}}}));
+}
