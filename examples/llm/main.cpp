@@ -15,6 +15,7 @@
 #endif
 
 #include "commands.hpp"
+#include "finetune.hpp"
 #include "merge.hpp"
 #include "preset.hpp"
 #include "qeft/core/status.hpp"
@@ -184,6 +185,63 @@ void add_merge(CLI::App& command, merge_options& o) {
   add_json(command, o.json);
 }
 
+void add_finetune(CLI::App& command, finetune_options& o, std::string& device) {
+  add_common(command, o.model, o.threads, device);
+  command
+      .add_option("--data", o.data,
+                  "text (.txt) or records (.jsonl) of instruction, input and output, of prompt and "
+                  "response, or of messages")
+      ->required();
+  command.add_option("--out", o.out, "adapter file to write")->required();
+  auto* validation = command.add_option("--validation", o.validation, "data to validate with");
+  command
+      .add_option("--validation-share", o.validation_share,
+                  "share of the data to validate with instead, 0 for none")
+      ->excludes(validation)
+      ->capture_default_str();
+  command.add_option("--template", o.template_name,
+                     "for messages: one of several chat templates, by name");
+  command.add_option("--seq-len", o.seq_len, "tokens of a sample, at most")->capture_default_str();
+  add_choice<long_records>(command, "--long-records", o.too_long,
+                           "what becomes of records that are longer",
+                           {{"refuse", long_records::refuse}, {"cut", long_records::cut}});
+  auto* steps = command.add_option("--steps", o.steps, "of the optimiser, instead of --epochs");
+  command.add_option("--epochs", o.epochs, "passes over the data")
+      ->excludes(steps)
+      ->capture_default_str();
+  command.add_option("--batch", o.batch, "samples per step")->capture_default_str();
+  command.add_option("--lr", o.rate, "learning rate; the paper's for 7B models is 1e-5")
+      ->capture_default_str();
+  add_choice<qeft::schedule_kind>(command, "--schedule", o.schedule,
+                                  "how the learning rate goes on behind the warm-up",
+                                  {{"constant", qeft::schedule_kind::constant},
+                                   {"cosine", qeft::schedule_kind::cosine},
+                                   {"linear", qeft::schedule_kind::linear}});
+  command.add_option("--warmup", o.warmup, "steps in which the learning rate rises")
+      ->capture_default_str();
+  command.add_option("--clip", o.clip, "limit of the gradient's norm, 0 for none")
+      ->capture_default_str();
+  command.add_option("--weight-decay", o.weight_decay, "decay of the weak columns towards 0")
+      ->capture_default_str();
+  command.add_option("--l2-sp", o.l2_sp, "decay of the weak columns towards what they were")
+      ->capture_default_str();
+  command
+      .add_option("--weak-dropout", o.weak_dropout,
+                  "share of the weak columns that are, in a step, what they were")
+      ->capture_default_str();
+  command.add_option("--eval-every", o.eval_every, "steps between validations")
+      ->capture_default_str();
+  command
+      .add_option("--checkpoint-every", o.checkpoint_every,
+                  "steps between checkpoints, from which the same command goes on; 0 for none")
+      ->capture_default_str();
+  command.add_option("--seed", o.seed, "of the order of samples, the split and the dropout")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command.add_option("--log", o.log, "file to write a JSON object per step to");
+  command.add_flag("--json", o.json, "a JSON object per step, and one for the result, on stdout");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -207,6 +265,10 @@ int main(int argc, char** argv) {
   preset quantize_preset = preset::standard;
   CLI::App* quantize_command = app.add_subcommand("quantize", "quantise a model");
   add_quantize(*quantize_command, quantize, quantize_preset, device);
+
+  finetune_options finetune;
+  CLI::App* finetune_command = app.add_subcommand("finetune", "tune a model's weak columns");
+  add_finetune(*finetune_command, finetune, device);
 
   generate_options generate;
   CLI::App* generate_command = app.add_subcommand("generate", "continue a prompt");
@@ -289,6 +351,7 @@ int main(int argc, char** argv) {
       apply(quantize_preset, given, quantize);
       result = run_quantize(quantize);
     }
+    if (*finetune_command) result = run_finetune(finetune);
     if (*generate_command) result = run_generate(generate);
     if (*perplexity_command) result = run_perplexity(perplexity);
     if (*inspect_command) result = run_inspect(inspected, inspect_json);

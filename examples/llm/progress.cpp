@@ -30,18 +30,19 @@ progress::~progress() {
                done_ == total_ ? "done" : "stopped", minutes(seconds).c_str());
 }
 
-void progress::advance(qeft::index_t steps) {
+void progress::advance(qeft::index_t steps, const std::string& note) {
   done_ += steps;
   const auto now = clock::now();
   if (now - shown_ < (terminal_ ? std::chrono::milliseconds(100) : std::chrono::seconds(5))) return;
   shown_ = now;
-  show();
+  show(note);
 }
 
-void progress::show() {
+void progress::show(const std::string& note) {
   const double seconds = std::chrono::duration<double>(clock::now() - start_).count();
   const double part = total_ == 0 ? 1.0 : static_cast<double>(done_) / static_cast<double>(total_);
   const std::string left = done_ == 0 ? "" : ", " + minutes(seconds / part * (1 - part)) + " left";
+  const std::string behind = left + (note.empty() ? "" : ", ") + note;
   const int percent = static_cast<int>(100 * part);
   if (terminal_) {
     constexpr int width = 30;
@@ -49,10 +50,10 @@ void progress::show() {
     std::fprintf(stderr, "\r\033[K%s [%s%s] %3d%%%s", label_.c_str(),
                  std::string(static_cast<std::size_t>(filled), '#').c_str(),
                  std::string(static_cast<std::size_t>(width - filled), '.').c_str(), percent,
-                 left.c_str());
+                 behind.c_str());
     std::fflush(stderr);
   } else {
-    std::fprintf(stderr, "%s: %d%%%s\n", label_.c_str(), percent, left.c_str());
+    std::fprintf(stderr, "%s: %d%%%s\n", label_.c_str(), percent, behind.c_str());
   }
 }
 

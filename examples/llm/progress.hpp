@@ -19,12 +19,12 @@ class progress {
   progress& operator=(const progress&) = delete;
 
   /// `steps` more are done; shows at most ten updates a second on a terminal, one line in five
-  /// seconds elsewhere.
-  void advance(qeft::index_t steps = 1);
+  /// seconds elsewhere. @param note stands behind the time left
+  void advance(qeft::index_t steps = 1, const std::string& note = {});
 
  private:
   using clock = std::chrono::steady_clock;
-  void show();
+  void show(const std::string& note = {});
 
   std::string label_;
   qeft::index_t total_;

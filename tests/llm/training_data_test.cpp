@@ -48,8 +48,8 @@ json tokenizer_document(int prefix) {
   return document;
 }
 
-/// The tokens as text: special ones as [ and ], "ab" as @. Where counted ones begin or end, there is
-/// a "|".
+/// The tokens as text: special ones as [ and ], "ab" as @. Where counted ones begin or end, there
+/// is a "|".
 std::string shown(const training_sample& s) {
   REQUIRE(s.counted.size() == s.tokens.size());
   std::string out;

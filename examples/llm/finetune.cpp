@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: Apache-2.0
+// `qeft-llm finetune`: checks everything, reads the data, trains, writes the adapter.
+#include "finetune.hpp"
+
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "llama.hpp"
+#include "merge.hpp"
+#include "progress.hpp"
+#include "qeft/core/version.hpp"
+#include "qeft/io/adapter.hpp"
+#include "qeft/io/atomic_directory.hpp"
+#include "trainer.hpp"
+#include "tuned_model.hpp"
+
+namespace qeft_llm {
+namespace {
+
+namespace fs = std::filesystem;
+namespace io = qeft::io;
+using nlohmann::json;
+using nlohmann::ordered_json;
+using qeft::errc;
+using qeft::fail;
+using qeft::index_t;
+using qeft::text;
+
+template <class Value>
+[[noreturn]] void refuse(const char* option, const Value& value, const std::string& rule) {
+  fail(errc::invalid_argument, text("finetune: ", option, " is ", value, ", but must be ", rule));
+}
+
+/// What needs neither model nor data.
+void check_options(const finetune_options& o) {
+  std::error_code unknown;  // then writing says why
+  if (!fs::path(o.out).has_filename() || fs::exists(fs::symlink_status(o.out, unknown))) {
+    refuse("--out", o.out.empty() ? "empty" : o.out, "the name of a file that does not exist yet");
+  }
+  constexpr index_t most = index_t{1} << 31;
+  const auto check = [](const char* option, index_t value, index_t least) {
+    if (value < least || value > most) refuse(option, value, text("in [", least, ", 2^31]"));
+  };
+  check("--steps", o.steps, 0);
+  check("--epochs", o.epochs, 1);
+  check("--batch", o.batch, 1);
+  check("--eval-every", o.eval_every, 0);
+  check("--checkpoint-every", o.checkpoint_every, 0);
+  check("--warmup", o.warmup, 0);
+  const auto check_share = [](const char* option, double value) {
+    if (!(value >= 0 && value < 1)) refuse(option, value, "in [0, 1)");
+  };
+  check_share("--validation-share", o.validation_share);
+  check_share("--weak-dropout", o.weak_dropout);
+  if (!(o.rate > 0 && std::isfinite(o.rate))) refuse("--lr", o.rate, "a number above 0");
+  const auto check_size = [](const char* option, double value) {
+    if (!(value >= 0 && std::isfinite(value))) refuse(option, value, "a number of at least 0");
+  };
+  check_size("--clip", o.clip);
+  check_size("--weight-decay", o.weight_decay);
+  check_size("--l2-sp", o.l2_sp);
+}
+
+void check_model(const finetune_options& o, const model_config& config) {
+  if (!config.quantization) {
+    refuse("--model", o.model + ", which is not quantised", "what `qeft-llm quantize` wrote");
+  }
+  if (o.seq_len < 2 || o.seq_len > config.max_position_embeddings) {
+    refuse("--seq-len", o.seq_len,
+           text("between 2 and the model's max_position_embeddings = ",
+                config.max_position_embeddings));
+  }
+}
+
+/// tuned_model as the trainer sees it.
+class tuned final : public trainable {
+ public:
+  tuned(const qeft::on_host& exec, const model_source& source) : model_(exec, source) {}
+
+  const std::vector<parameter>& parameters() const override { return model_.parameters(); }
+  void clear_gradients() override { model_.clear_gradients(); }
+  double backward(const training_sample& sample, double factor) override {
+    return model_.backward(sample, factor);
+  }
+  double loss(const training_sample& sample) override { return model_.loss(sample); }
+  void update() override { model_.update(); }
+
+ private:
+  tuned_model model_;
+};
+
+/// A fingerprint of samples.
+std::string tokens_of(const std::vector<training_sample>& samples) {
+  io::stream_hash hash;
+  for (const training_sample& s : samples) {
+    hash.update(io::as_bytes(s.tokens));
+    hash.update(io::as_bytes(s.counted));
+  }
+  return text(samples.size(), " samples, ", io::to_hex(hash.finish()));
+}
+
+/// Lines of JSON, to stdout and to a file.
+class step_log {
+ public:
+  /// @param file  empty for none
+  /// @param steps lines of an earlier run up to this step stay in the file; without a step, none
+  step_log(const std::string& file, bool to_stdout, std::optional<index_t> steps)
+      : name_(file), to_stdout_(to_stdout) {
+    if (file.empty()) return;
+    io::write_text_file(file, steps ? earlier_lines(*steps) : std::string());
+    file_.reset(std::fopen(file.c_str(), "ab"));
+    if (!file_) io::fail_io("cannot write", name_);
+  }
+
+  void add(const ordered_json& line) {
+    const std::string text = line.dump() + "\n";
+    if (to_stdout_) {
+      std::fputs(text.c_str(), stdout);
+      std::fflush(stdout);
+    }
+    if (!file_) return;
+    if (std::fputs(text.c_str(), file_.get()) < 0 || std::fflush(file_.get()) != 0) {
+      io::fail_io("cannot write", name_);
+    }
+  }
+
+ private:
+  std::string earlier_lines(index_t steps) const {
+    std::error_code unknown;  // then opening says why
+    if (!fs::exists(name_, unknown)) return {};
+    const io::mapped_file mapped(name_);
+    std::string_view rest(reinterpret_cast<const char*>(mapped.bytes().data()),
+                          static_cast<std::size_t>(mapped.bytes().size()));
+    std::string kept;
+    for (std::size_t end; (end = rest.find('\n')) != std::string_view::npos;) {
+      const std::string_view line = rest.substr(0, end + 1);
+      const json found = json::parse(line, nullptr, /*allow_exceptions=*/false);
+      const bool good = found.is_object() && found.value("step", json()).is_number_integer();
+      if (!good || found.at("step").get<index_t>() > steps) break;
+      kept += line;
+      rest.remove_prefix(end + 1);
+    }
+    return kept;
+  }
+
+  std::string name_;
+  bool to_stdout_;
+  std::unique_ptr<std::FILE, int (*)(std::FILE*)> file_{nullptr, &std::fclose};
+};
+
+class finetuning {
+ public:
+  explicit finetuning(const finetune_options& options)
+      : o_(options), exec_(options.threads), source_(options.model) {
+    check_model(o_, source_.config());
+  }
+
+  void run() {
+    read_data();
+    const trainer_options how = training();
+    io::atomic_directory out(o_.out, io::leftovers::reuse);
+    out.keep(out.resumed());  // an error does not cost what a kill left
+    const fs::path checkpoint = out.partial() / "checkpoint.safetensors";
+    const json setting = describe(how);
+    tuned model(exec_, source_);
+    trainer train(exec_, model, how, samples_, validation_);
+    const bool going_on = fs::exists(checkpoint);
+    if (going_on) {
+      train.load(checkpoint, setting);
+      std::fprintf(stderr, "going on with what an interrupted run left: %lld of %lld steps\n",
+                   static_cast<long long>(train.step()), static_cast<long long>(how.steps));
+    }
+    step_log log(o_.log, o_.json, going_on ? std::optional(train.step()) : std::nullopt);
+    const auto save = [&] {
+      train.save(checkpoint, setting);
+      out.keep();
+    };
+    try {
+      step_through(train, log, save);
+    } catch (const qeft::error& e) {
+      if (e.code() == errc::not_finite) out.keep(false);  // it would only come to this again
+      throw;
+    }
+    train.take_best();
+    write(model);
+    out.keep(false);
+    report(train, model, how);
+  }
+
+ private:
+  void read_data() {
+    const tokenizer tok = tokenizer::from_file(o_.model + "/tokenizer.json");
+    training_data_reader reader(o_.model, source_.config(), tok, o_.template_name);
+    const auto read = [&](const std::string& file) {
+      training_data data = reader.read(file, o_.seq_len, o_.too_long);
+      std::fprintf(stderr, "%s: %zu samples, %lld tokens that count\n", file.c_str(),
+                   data.samples.size(), static_cast<long long>(data.counted));
+      if (data.cut > 0 || data.left_out > 0) {
+        std::fprintf(stderr,
+                     "notice: %lld of them lost their end behind %lld tokens, and %lld more had "
+                     "nothing that counts before it and are left out\n",
+                     static_cast<long long>(data.cut), static_cast<long long>(o_.seq_len),
+                     static_cast<long long>(data.left_out));
+      }
+      return std::move(data.samples);
+    };
+    samples_ = read(o_.data);
+    if (!o_.validation.empty()) {
+      validation_ = read(o_.validation);
+    } else if (o_.validation_share > 0) {
+      validation_ = split_off(samples_, o_.validation_share, o_.seed);
+    }
+    if (source_.config().eos_token_ids.empty()) {
+      std::fprintf(stderr, "notice: the model has no end token; responses are trained without\n");
+    }
+  }
+
+  trainer_options training() const {
+    trainer_options t;
+    t.batch = o_.batch;
+    t.samples =
+        o_.steps > 0 ? o_.steps * o_.batch : o_.epochs * static_cast<index_t>(samples_.size());
+    t.steps = steps_of(t.samples, t.batch);
+    if (o_.warmup > t.steps) {
+      refuse("--warmup", o_.warmup, text("at most the number of steps, ", t.steps));
+    }
+    t.rate = {o_.schedule, o_.rate, o_.warmup, t.steps, 0.0};
+    t.clip = o_.clip;
+    t.adamw.weight_decay = o_.weight_decay;
+    t.adamw.l2_sp = o_.l2_sp;
+    t.weak_dropout = o_.weak_dropout;
+    t.eval_every = o_.eval_every;
+    t.seed = o_.seed;
+    return t;
+  }
+
+  /// Everything that the result depends on, by the options that people know it by.
+  json describe(const trainer_options& t) const {
+    return {{"version", {QEFT_VERSION_MAJOR, QEFT_VERSION_MINOR, QEFT_VERSION_PATCH}},
+            {"--model", io::weights_fingerprint(source_.weights().reader())},
+            {"--seq-len", o_.seq_len},
+            {"data of --data", tokens_of(samples_)},
+            {"data of --validation", tokens_of(validation_)},
+            {"--batch", t.batch},
+            {"--steps", t.steps},
+            {"number of samples", t.samples},
+            {"--lr", t.rate.peak},
+            {"--schedule", static_cast<int>(t.rate.kind)},
+            {"--warmup", t.rate.warmup},
+            {"--clip", t.clip},
+            {"--weight-decay", t.adamw.weight_decay},
+            {"--l2-sp", t.adamw.l2_sp},
+            {"--weak-dropout", t.weak_dropout},
+            {"--eval-every", t.eval_every},
+            {"--seed", t.seed}};
+  }
+
+  template <class Save>
+  void step_through(trainer& train, step_log& log, const Save& save) {
+    const index_t steps = training().steps;
+    progress bar("training", steps - train.step());
+    std::string validation;
+    const auto measured = [&](double loss) {
+      validation = text(", validation ", loss, ", best ", train.best()->loss);
+    };
+    if (const auto loss = train.measure_start()) {
+      measured(*loss);
+      log.add({{"step", 0}, {"validation_loss", *loss}});
+    }
+    while (!train.done()) {
+      const step_report r = train.advance();
+      const double speed = static_cast<double>(r.tokens) / r.seconds;
+      if (r.validation_loss) measured(*r.validation_loss);
+      char note[80];
+      std::snprintf(note, sizeof note, "loss %.4f, %.0f tokens/s", r.loss, speed);
+      ordered_json line = {{"step", r.step},
+                           {"loss", r.loss},
+                           {"rate", r.rate},
+                           {"gradient_norm", r.gradient_norm},
+                           {"tokens_per_second", speed}};
+      if (r.validation_loss) line["validation_loss"] = *r.validation_loss;
+      log.add(line);
+      const bool due =
+          o_.checkpoint_every > 0 && (train.done() || train.step() % o_.checkpoint_every == 0);
+      if (due) save();
+      bar.advance(1, note + validation);
+      if (o_.after_step) o_.after_step(train.step());
+    }
+  }
+
+  void write(const trainable& model) const {
+    const auto tuned_columns = [&](const std::string& linear) -> const float* {
+      for (const parameter& p : model.parameters()) {
+        if (p.name == linear + ".weak") return p.value;
+      }
+      return nullptr;
+    };
+    io::write_adapter(o_.out, make_adapter(source_, tuned_columns));
+  }
+
+  void report(const trainer& train, const trainable& model, const trainer_options& how) const {
+    index_t parameters = 0;
+    for (const parameter& p : model.parameters()) parameters += p.size();
+    const auto& best = train.best();
+    if (best) {
+      std::fprintf(
+          stderr, "validation loss: %.4f before training, %.4f at best, behind step %lld\n",
+          train.start_loss().value_or(best->loss), best->loss, static_cast<long long>(best->step));
+    }
+    if (!o_.json) return;
+    ordered_json all = {{"out", o_.out},
+                        {"steps", how.steps},
+                        {"samples", samples_.size()},
+                        {"validation_samples", validation_.size()},
+                        {"parameters", parameters},
+                        {"start_loss", nullptr},
+                        {"best_loss", nullptr},
+                        {"best_step", nullptr}};
+    if (best) {
+      all["start_loss"] = *train.start_loss();
+      all["best_loss"] = best->loss;
+      all["best_step"] = best->step;
+    }
+    std::printf("%s\n", all.dump(-1, ' ', false, json::error_handler_t::replace).c_str());
+  }
+
+  finetune_options o_;
+  qeft::on_host exec_;
+  model_source source_;
+  std::vector<training_sample> samples_;
+  std::vector<training_sample> validation_;
+};
+
+}  // namespace
+
+int run_finetune(const finetune_options& options) {
+  check_options(options);
+  finetuning(options).run();
+  return 0;
+}
+
+}  // namespace qeft_llm

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// The command `qeft-llm finetune`: its options and its entry point.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "qeft/training/schedule.hpp"
+#include "training_data.hpp"
+
+namespace qeft_llm {
+
+struct finetune_options {
+  std::string model;               // QEFT checkpoint to tune
+  std::string data;                // .txt or .jsonl, see training_data_reader
+  std::string out;                 // adapter file to write
+  std::string validation;          // data of the same kinds; empty: a share of `data`
+  double validation_share = 0.05;  // 0 for no validation
+  std::string template_name;       // of several chat templates
+  qeft::index_t seq_len = 512;     // tokens of a sample at most
+  long_records too_long = long_records::refuse;
+  qeft::index_t steps = 0;   // of the optimiser; 0: what `epochs` take
+  qeft::index_t epochs = 1;  // passes over the data
+  qeft::index_t batch = 16;  // samples per step
+  double rate = 1e-4;
+  qeft::schedule_kind schedule = qeft::schedule_kind::constant;
+  qeft::index_t warmup = 0;  // steps
+  double clip = 0.3;         // of the gradient's norm, 0 for none
+  double weight_decay = 0;
+  double l2_sp = 0;
+  double weak_dropout = 0;
+  qeft::index_t eval_every = 20;        // steps; 0: before and after only
+  qeft::index_t checkpoint_every = 10;  // steps; 0 for never
+  std::uint64_t seed = 0;
+  std::string log;    // file of one JSON object per step; empty for none
+  bool json = false;  // the same objects, and one for the result, on stdout
+  int threads = 0;    // 0: one per hardware thread
+
+  /// For tests: called with the number of each step that is done, and saved if it is due.
+  std::function<void(qeft::index_t step)> after_step;
+};
+
+/// Tunes the weak columns of a QEFT checkpoint and writes an adapter (see qeft/io/adapter.hpp) of
+/// those that validate best, or of the last ones where there is no validation.
+///
+/// A run that was killed left its state in OUT.unfinished.partial: the same command goes on from
+/// there, to the same bytes. Whatever decides the result must be as it was.
+///
+/// Objects of the log: step, loss, rate, gradient_norm, tokens_per_second and, where it was
+/// measured, validation_loss; one of step 0 has the validation loss before training alone. The
+/// object of the result: out, steps, samples, validation_samples, parameters, and start_loss,
+/// best_loss and best_step, which are null without validation.
+/// @return the exit status of the command
+/// @throws qeft::error; then nothing is at `out`
+int run_finetune(const finetune_options& options);
+
+}  // namespace qeft_llm
