@@ -3,7 +3,8 @@
 # What kernels do, without a GPU, as a table: counters of a simulator, which executes their PTX, and
 # what their machine code says of the main loop. No number is a time.
 #   QEFT_CUDASIM_DIR=... QEFT_SASS_REPORT=.../sass_report.py bench/static_report.sh
-# QEFT_CUDASIM_DIR is the simulator's source or a build of it. nvcc and nvdisasm must be found.
+# QEFT_CUDASIM_DIR is the simulator's source or a build of it. nvcc and nvdisasm must be found. With
+# QEFT_MARLIN=.../marlin_cuda_kernel.cu Marlin's kernel is read in the same way.
 set -euo pipefail
 root=$(realpath -- "$(dirname -- "$0")/..")
 : "${QEFT_CUDASIM_DIR:?names the simulator}" "${QEFT_SASS_REPORT:?names sass_report.py}"
@@ -29,7 +30,7 @@ for cc in 80 90; do
   for bits in 4 3; do
     for tokens in 1 8 16; do
       layer=$(CUDASIM_CC=$cc CUDASIM_STATS=$scratch/stats "$sim/bin/cudasim" run "$scratch/probe" \
-        $oc $ic $bits $group $k $tokens)
+        $oc $ic $bits $group $k $tokens tail)
       python3 - "$scratch/stats" $cc $bits $tokens "$layer" $((oc * ic)) <<'P'
 import json, sys
 path, cc, bits, tokens, layer, weights = sys.argv[1], *map(int, sys.argv[2:])
@@ -48,6 +49,35 @@ for line in open(path):
 P
       rm -f "$scratch/stats"
     done
+  done
+done
+
+echo
+echo "Placement of weak columns: all kernels of one product, the order of activations included, over those of"
+echo "tail ($oc x $ic, 4 bits, g = $group, k = $k; indexed: any columns; per_head: 32 heads):"
+echo
+echo "| capability | tokens | placement | warp instructions | bytes of requested sectors | with those of stores |"
+echo "|---|---|---|---|---|---|"
+for cc in 80 90; do
+  for tokens in 1 8 16; do
+    for placement in tail indexed per_head; do
+      CUDASIM_CC=$cc CUDASIM_STATS=$scratch/$placement "$sim/bin/cudasim" run "$scratch/probe" \
+        $oc $ic 4 $group $k $tokens $placement >/dev/null
+    done
+    python3 - "$scratch" $cc $tokens <<'P'
+import json, sys
+scratch, cc, tokens = sys.argv[1], *map(int, sys.argv[2:])
+def totals(placement):
+    kernels = [json.loads(line) for line in open(f"{scratch}/{placement}")]
+    loads = sum(k["global_load"]["sectors"] + k["bulk_load"]["sectors"] for k in kernels)
+    stores = sum(k["global_store"]["sectors"] for k in kernels)
+    return sum(k["warp_instructions"] for k in kernels), loads, loads + stores
+tail = totals("tail")
+for placement in ("indexed", "per_head"):
+    ratios = [x / of_tail for x, of_tail in zip(totals(placement), tail)]
+    print(f"| {cc / 10} | {tokens} | {placement} | " + " | ".join(f"{r:.3f}" for r in ratios) + " |")
+P
+    rm -f "$scratch"/{tail,indexed,per_head}
   done
 done
 
@@ -101,6 +131,28 @@ for row in sorted(rows, key=lambda r: (-r[0], *r[1:3])):
     print(row[3])
 P
 done
+
+if [ -n "${QEFT_MARLIN:-}" ]; then
+  echo
+  echo "Marlin's kernel for 1 to 16 tokens, read by the same tool: 4 bits, symmetric, g = 128, no weak columns"
+  echo "(a block of 8 warps takes 128 rows; its loop multiplies 4 stages of 128 columns):"
+  echo
+  echo "| architecture | registers | spills | thread instructions per 32 weights | bound by | compute : memory |"
+  echo "|---|---|---|---|---|---|"
+  for arch in sm_80 sm_90a; do
+    python3 "$QEFT_SASS_REPORT" "$QEFT_MARLIN" --arch $arch --kernel 'Marlin<256, 1, 8, 8, 4, 8>' \
+      --dynamic-smem 98304 --bits 4 --bytes-per-iter $((4 * 128 * 128 / 2 / 8)) --json \
+      -- -std=c++17 --expt-relaxed-constexpr >"$scratch/sass.json" 2>/dev/null
+    python3 - "$scratch/sass.json" $arch <<'P'
+import json, sys
+k = json.load(open(sys.argv[1]))
+k = k[0] if isinstance(k, list) else k
+loop = max(k["loops"], key=lambda l: l["by_opcode"].get("HMMA", 0))
+print(f"| {sys.argv[2]} | {k['registers']} | {k['spill_stores'] + k['spill_loads']} "
+      f"| {loop['instructions_per_32_weights']:.1f} | {loop['bound_by']} | {loop['compute_over_memory']:.2f} |")
+P
+  done
+fi
 
 echo
 echo "Cycles of the main loop of other kernels on a sub-partition (4 and 3 bits, FP16, g = $group): per round of"
