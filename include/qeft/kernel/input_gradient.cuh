@@ -230,61 +230,51 @@ __device__ void put_sums(float (*to)[Stride], int column, const warp::column_sum
   }
 }
 
-/// The sums of a block's columns and tokens, without the factors of their operands, into
-/// shared.sums: those of all runs added up or, ByRuns, of each part of the block's run.
+/// Sums up a block's columns and tokens over the rows [row, end) of each part, run after run,
+/// without the factors of their operands: into shared.sums, or, Adds, onto what is there.
 /// @param make_columns make_columns(slot, row_tile): Columns from there on
-/// @param store_part   store_part(part), ByRuns, when all threads have its sums
-template <bool ByRuns, class Columns, class View, class X, class MakeColumns, class StorePart>
+/// @param part_done    part_done(part), when shared.sums has what that part has in a run
+template <bool Adds, class Columns, class View, class X, class MakeColumns, class PartDone>
 __device__ void sum_columns(const input_gradient_args<View, X>& args,
-                            const gradient_block<View>& block, const MakeColumns& make_columns,
+                            const gradient_block<View>& block, int row, int end,
+                            const MakeColumns& make_columns,
                             typename gradient_block<View>::shared_storage& shared,
-                            const StorePart& store_part) {
+                            const PartDone& part_done) {
   using shape = gradient_block<View>;
   const int warp = arch::uniform_warp();
   const int column = warp % tuning::column_warps * Columns::columns;
   const int part = warp / tuning::column_warps;
   const bool takes_part = block.slot + column < block.end(args.w);
-  const int run_rows = args.runs.rows;
   const int rows = args.of.stride / tuning::row_parts;
-  int row = ByRuns ? static_cast<int>(blockIdx.z) * run_rows : 0;
 
   Columns columns = make_columns(block.slot + (takes_part ? column : 0), (part * rows + row) / 16);
   const typename shape::rows dy(args.of.dy + index_t{block.first_token} * args.of.stride, rows,
                                 min(args.tokens - block.first_token, shape::tokens), shared.rows);
-  if constexpr (!ByRuns) {
-    for (int i = static_cast<int>(threadIdx.x); i < shape::tokens * shape::sums_stride;
-         i += shape::threads) {
-      (&shared.sums[0][0])[i] = 0.0F;
-    }
-  }
   const auto stage_of = [](int first) { return first / tuning::chain_rows % 2; };
   dy.start(stage_of(row), row);
-  do {
+  while (row < end) {
     warp::column_sums<Columns::steps> sum;
-    const int run_end = min(row + run_rows, rows);
+    const int run_end = min(row + args.runs.rows, end);
     for (; row < run_end; row += tuning::chain_rows) {
       const int stage = stage_of(row);
       arch::wait_for_copies<0>();
       __syncthreads();  // the stage has come, and nobody reads the other one any more
       const int next = row + tuning::chain_rows;
-      if (next < (ByRuns ? run_end : rows)) dy.start(1 - stage, next);
+      if (next < end) dy.start(1 - stage, next);
       if (takes_part) {
         const std::uint32_t from = dy.operand_address(stage, part);
         warp::add_rows(
             columns,
             [&](auto& b, int i) { dy.operands(b, from + static_cast<std::uint32_t>(2 * i)); },
-            min(rows - row, tuning::chain_rows), sum);
+            min(end - row, tuning::chain_rows), sum);
       }
     }
     for (int turn = 0; turn < tuning::row_parts; ++turn) {
-      if (takes_part && part == turn) put_sums<!ByRuns>(shared.sums, column, sum);
+      if (takes_part && part == turn) put_sums<Adds>(shared.sums, column, sum);
       __syncthreads();
-      if constexpr (ByRuns) {
-        store_part(turn);
-        __syncthreads();
-      }
+      part_done(turn);
     }
-  } while (!ByRuns && row < rows);
+  }
 }
 
 /// A block takes gradient_block<View>::columns columns (blockIdx.x), dense or weak, and ::tokens
@@ -303,30 +293,41 @@ __device__ void input_gradient_block(const input_gradient_args<View, X>& args) {
                              : dense_columns + (number - args.dense_blocks) * shape::columns,
                     static_cast<int>(blockIdx.y) * shape::tokens};
 
-  const auto store_part = [&](int part) {
-    const index_t before = (index_t{blockIdx.z} * tuning::row_parts + part) * args.tokens;
-    block.for_each_sum(args.w, args.tokens, shared, [&](index_t slot) {
-      return [&args, before, slot](index_t token, float sum) {
-        args.run_sums[(before + token) * args.w.in_channels + slot] = sum;
-      };
-    });
+  const auto sum = [&](int first, int end, const auto& part_done) {
+    if (is_dense) {
+      using dense = warp::dense_columns<View, OneGroup>;
+      sum_columns<!ByRuns, dense>(
+          args, block, first, end,
+          [&](int slot, int row_tile) {
+            return dense(args.w, slot, row_tile, args.of.group_factors);
+          },
+          shared, part_done);
+    } else {
+      using weak = warp::weak_columns<View, shape::steps>;
+      sum_columns<!ByRuns, weak>(
+          args, block, first, end,
+          [&](int slot, int row_tile) { return weak(args.w, slot - dense_columns, row_tile); },
+          shared, part_done);
+    }
   };
-  if (is_dense) {
-    using dense = warp::dense_columns<View, OneGroup>;
-    sum_columns<ByRuns, dense>(
-        args, block,
-        [&](int slot, int row_tile) {
-          return dense(args.w, slot, row_tile, args.of.group_factors);
-        },
-        shared, store_part);
+  const int rows = args.of.stride / tuning::row_parts;
+  if constexpr (ByRuns) {
+    const int first = static_cast<int>(blockIdx.z) * args.runs.rows;
+    sum(first, min(first + args.runs.rows, rows), [&](int part) {
+      const index_t before = (index_t{blockIdx.z} * tuning::row_parts + part) * args.tokens;
+      block.for_each_sum(args.w, args.tokens, shared, [&](index_t slot) {
+        return [&args, before, slot](index_t token, float of_part) {
+          args.run_sums[(before + token) * args.w.in_channels + slot] = of_part;
+        };
+      });
+      __syncthreads();
+    });
   } else {
-    using weak = warp::weak_columns<View, shape::steps>;
-    sum_columns<ByRuns, weak>(
-        args, block,
-        [&](int slot, int row_tile) { return weak(args.w, slot - dense_columns, row_tile); },
-        shared, store_part);
-  }
-  if constexpr (!ByRuns) {
+    for (int i = static_cast<int>(threadIdx.x); i < shape::tokens * shape::sums_stride;
+         i += shape::threads) {
+      (&shared.sums[0][0])[i] = 0.0F;
+    }
+    sum(0, rows, [](int) {});
     block.for_each_sum(args.w, args.tokens, shared,
                        [&](index_t slot) { return gradient_column<View, X>(args, slot); });
   }
