@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Prepares what the examples run on: a small real model, English prose and source code.
+"""Prepares what the examples run on: a small real model, prose and source code.
 
-    prepare.py model   --out DIR [--gguf FILE]
-    prepare.py perturb --out DIR --model DIR
-    prepare.py text    --out DIR
+    prepare.py model      --out DIR [--gguf FILE]
+    prepare.py perturb    --out DIR --model DIR
+    prepare.py text       --out DIR
+    prepare.py translated --out DIR --language de-DE
 
-All need the packages of requirements.txt; `text` also apt-get and dpkg-deb, but no root.
+All need the packages of requirements.txt; texts also apt-get and dpkg-deb, but no root.
 """
 
 import argparse
@@ -29,9 +30,12 @@ def main():
                                help="what `prepare.py model` wrote")
     for_text = commands.add_parser("text", help="calibration.txt and heldout.txt from Debian "
                                    "packages, heldout_code.txt from Python packages")
-    for command in (for_model, for_perturbed, for_text):
+    for_translated = commands.add_parser("translated", help="tuning_LANGUAGE.txt and "
+                                         "heldout_LANGUAGE.txt from a Debian package")
+    for_translated.add_argument("--language", required=True, help="such as de-DE or fr-FR")
+    for command in (for_model, for_perturbed, for_text, for_translated):
         command.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
-    for command in (for_model, for_text):
+    for command in (for_model, for_text, for_translated):
         command.add_argument("--cache", type=pathlib.Path, default=files.default_cache(),
                              metavar="DIR", help="where downloads are kept (default: %(default)s)")
     options = parser.parse_args()
@@ -42,6 +46,9 @@ def main():
         elif options.command == "perturb":
             import perturb
             perturb.prepare(options.model, options.out)
+        elif options.command == "translated":
+            import translated_prose
+            translated_prose.prepare(options.out, options.cache, options.language)
         else:
             import prose
             import source_code

@@ -167,11 +167,16 @@ def prepare(out, cache):
             found = list(documents(package, deb))
             print(f"prepare: {deb.name}: {len(found)} documents", file=sys.stderr)
             all_documents += found
-    for name, paragraphs in zip(MINIMUM_BYTES, split(all_documents)):
+    write(out, MINIMUM_BYTES, split(all_documents))
+
+
+def write(out, minimum_bytes, parts):
+    """Writes paragraphs; minimum_bytes gives the names of the files and what each must have."""
+    for name, paragraphs in zip(minimum_bytes, parts):
         text = "".join(paragraph + "\n\n" for paragraph in paragraphs)
         size = len(text.encode())
-        if size < MINIMUM_BYTES[name]:
-            raise PrepareError(f"only {size} bytes of text for {name}, {MINIMUM_BYTES[name]} are "
+        if size < minimum_bytes[name]:
+            raise PrepareError(f"only {size} bytes of text for {name}, {minimum_bytes[name]} are "
                                "needed; are the package lists there (apt-get update)?")
         files.make_directory(out)
         try:
