@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Quantises a real language model with QEFT and its baselines and compares them in one table:
+# Quantises a real language model with QEFT and its baselines and compares them in one table, then
+# fine-tunes the weak columns on German text:
 #   examples/quickstart.sh [--model DIR] [--samples N] [--seq-len L] [--eval-tokens N] [--threads N]
 # Without --model it prepares SmolLM2-135M-Instruct. It builds qeft-llm in build/release, leaves
 # models, text and logs in build/quickstart, and keeps downloads in ~/.cache/qeft.
 set -euo pipefail
 
 model="" samples=64 seq_len=512 eval_tokens=16384 threads=0
-usage() { sed -n '3,6s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '3,7s/^# \{0,1\}//p' "$0"; }
 while [ $# -gt 0 ]; do
   case "$1" in
     --model) model=$(realpath -e -- "${2:?--model needs a directory}"); shift 2 ;;
@@ -29,11 +30,15 @@ prepare_inputs
 prompt="Explain in two sentences why the sky is blue."
 rows=()
 row='%-26s %10s %9s %10s %7s %9s'
+# perplexity_of DIRECTORY TEXT
+perplexity_of() {
+  "$llm" perplexity --model "$1" --text "$2" --seq-len "$seq_len" --tokens "$eval_tokens" \
+    --threads "$threads" | tail -n 1 | awk '{print $2}'
+}
 # evaluate NAME DIRECTORY: a row of the table.
 evaluate() {
   local name=$1 dir=$2 perplexity change speed size bits
-  perplexity=$("$llm" perplexity --model "$dir" --text "$work/text/heldout.txt" \
-    --seq-len "$seq_len" --tokens "$eval_tokens" --threads "$threads" | tail -n 1 | awk '{print $2}')
+  perplexity=$(perplexity_of "$dir" "$work/text/heldout.txt")
   [ -n "${full_precision-}" ] || full_precision=$perplexity
   change=$(awk -v a="$perplexity" -v b="$full_precision" 'BEGIN { printf "%+.1f%%", 100 * (a / b - 1) }')
   # Every model decodes as many tokens, whatever it says.
@@ -70,9 +75,31 @@ quantise "OPTQ-3bit-g128" "${optq[@]}" --bits 3
 quantise "QEFT-3bit-paper" "${paper[@]}" --bits 3
 quantise "QEFT-3bit-default" --bits 3
 
+step "Fine-tuning on German text"
+language=de-DE
+"${prepare[@]}" translated --out "$work/text" --language $language
+base=$work/models/QEFT-4bit-default
+tuned=$work/models/QEFT-4bit-tuned
+adapter=$work/models/adapter.safetensors
+rm -rf "$adapter" "$tuned"
+"$llm" finetune --model "$base" --data "$work/text/tuning_$language.txt" --out "$adapter" \
+  --steps 60 --batch 2 --lr 1e-3 --schedule cosine --warmup 5 --seq-len "$seq_len" \
+  --threads "$threads"
+"$llm" merge --model "$base" --adapter "$adapter" --out "$tuned"
+tuning_row='%-26s %12s %12s\n'
+tuning=$(
+  printf "$tuning_row" "perplexity on" "German" "English"
+  for dir in "$base" "$tuned"; do
+    printf "$tuning_row" "$(basename "$dir")" \
+      "$(perplexity_of "$dir" "$work/text/heldout_$language.txt")" \
+      "$(perplexity_of "$dir" "$work/text/heldout.txt")"
+  done
+)
+
 step "Result"
 printf "$row\n" model perplexity change MiB bits/w tokens/s
 printf '%s\n' "${rows[@]}"
+printf '\n%s\n' "$tuning"
 printf '\nQEFT, 4 bits, answers "%s":\n' "$prompt"
 answer() {
   "$llm" generate --model "$work/models/QEFT-4bit-default" --prompt "$prompt" --max-tokens 96 \
