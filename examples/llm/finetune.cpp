@@ -64,12 +64,16 @@ void check_options(const finetune_options& o) {
   check_size("--clip", o.clip);
   check_size("--weight-decay", o.weight_decay);
   check_size("--l2-sp", o.l2_sp);
+  if (tunes_weak_columns(o.method)) return;
+  check("--rank", o.rank, 1);
+  if (!(o.alpha > 0 && std::isfinite(o.alpha))) refuse("--alpha", o.alpha, "a positive number");
+  if (o.weak_dropout > 0) {
+    refuse("--weak-dropout", o.weak_dropout,
+           text("0 for --method ", to_string(o.method), ", which has no weak columns to train"));
+  }
 }
 
-void check_model(const finetune_options& o, const model_config& config) {
-  if (!config.quantization) {
-    refuse("--model", o.model + ", which is not quantised", "what `qeft-llm quantize` wrote");
-  }
+void check_length(const finetune_options& o, const model_config& config) {
   if (o.seq_len < 2 || o.seq_len > config.max_position_embeddings) {
     refuse("--seq-len", o.seq_len,
            text("between 2 and the model's max_position_embeddings = ",
@@ -80,7 +84,11 @@ void check_model(const finetune_options& o, const model_config& config) {
 /// tuned_model as the trainer sees it.
 class tuned final : public trainable {
  public:
-  tuned(const qeft::on_host& exec, const model_source& source) : model_(exec, source) {}
+  tuned(const qeft::on_host& exec, const model_source& source, const finetune_options& o)
+      : model_(exec, source.config(), reader_of(source),
+               linears_of(o.method, exec, source.config(), {o.rank, o.alpha, o.seed})) {
+    source.report_rounding();
+  }
 
   const std::vector<parameter>& parameters() const override { return model_.parameters(); }
   void clear_gradients() override { model_.clear_gradients(); }
@@ -89,6 +97,17 @@ class tuned final : public trainable {
   }
   double loss(const training_sample& sample) override { return model_.loss(sample); }
   void update() override { model_.update(); }
+
+  index_t size() const {
+    index_t sum = 0;
+    for (const parameter& p : parameters()) sum += p.size();
+    return sum;
+  }
+  index_t saved_bytes_per_token() const {
+    return model_.saved_channels() * static_cast<index_t>(sizeof(float));
+  }
+  /// Of AdamW's two moments.
+  index_t optimiser_bytes() const { return 2 * size() * static_cast<index_t>(sizeof(float)); }
 
  private:
   tuned_model model_;
@@ -157,7 +176,8 @@ class finetuning {
  public:
   explicit finetuning(const finetune_options& options)
       : o_(options), exec_(options.threads), source_(options.model) {
-    check_model(o_, source_.config());
+    check_model(o_.method, source_.config(), o_.model);
+    check_length(o_, source_.config());
   }
 
   void run() {
@@ -167,7 +187,13 @@ class finetuning {
     out.keep(out.resumed());  // an error does not cost what a kill left
     const fs::path checkpoint = out.partial() / "checkpoint.safetensors";
     const json setting = describe(how);
-    tuned model(exec_, source_);
+    tuned model(exec_, source_, o_);
+    std::fprintf(stderr,
+                 "method %s: %lld parameters; per token, the linears keep %lld bytes for backward; "
+                 "the optimiser keeps %lld bytes\n",
+                 to_string(o_.method), static_cast<long long>(model.size()),
+                 static_cast<long long>(model.saved_bytes_per_token()),
+                 static_cast<long long>(model.optimiser_bytes()));
     trainer train(exec_, model, how, samples_, validation_);
     const bool going_on = fs::exists(checkpoint);
     if (going_on) {
@@ -241,23 +267,28 @@ class finetuning {
 
   /// Everything that the result depends on, by the options that people know it by.
   json describe(const trainer_options& t) const {
-    return {{"version", {QEFT_VERSION_MAJOR, QEFT_VERSION_MINOR, QEFT_VERSION_PATCH}},
-            {"--model", io::weights_fingerprint(source_.weights().reader())},
-            {"--seq-len", o_.seq_len},
-            {"data of --data", tokens_of(samples_)},
-            {"data of --validation", tokens_of(validation_)},
-            {"--batch", t.batch},
-            {"--steps", t.steps},
-            {"number of samples", t.samples},
-            {"--lr", t.rate.peak},
-            {"--schedule", static_cast<int>(t.rate.kind)},
-            {"--warmup", t.rate.warmup},
-            {"--clip", t.clip},
-            {"--weight-decay", t.adamw.weight_decay},
-            {"--l2-sp", t.adamw.l2_sp},
-            {"--weak-dropout", t.weak_dropout},
-            {"--eval-every", t.eval_every},
-            {"--seed", t.seed}};
+    json all = {{"version", {QEFT_VERSION_MAJOR, QEFT_VERSION_MINOR, QEFT_VERSION_PATCH}},
+                {"--model", io::weights_fingerprint(source_.weights().reader())},
+                {"--seq-len", o_.seq_len},
+                {"data of --data", tokens_of(samples_)},
+                {"data of --validation", tokens_of(validation_)},
+                {"--batch", t.batch},
+                {"--steps", t.steps},
+                {"number of samples", t.samples},
+                {"--lr", t.rate.peak},
+                {"--schedule", static_cast<int>(t.rate.kind)},
+                {"--warmup", t.rate.warmup},
+                {"--clip", t.clip},
+                {"--weight-decay", t.adamw.weight_decay},
+                {"--l2-sp", t.adamw.l2_sp},
+                {"--weak-dropout", t.weak_dropout},
+                {"--eval-every", t.eval_every},
+                {"--seed", t.seed}};
+    if (tunes_weak_columns(o_.method)) return all;
+    all["--method"] = to_string(o_.method);
+    all["--rank"] = o_.rank;
+    all["--alpha"] = o_.alpha;
+    return all;
   }
 
   template <class Save>
@@ -294,6 +325,10 @@ class finetuning {
   }
 
   void write(const trainable& model) const {
+    if (!tunes_weak_columns(o_.method)) {
+      write_lora_adapter(o_.out, make_lora_adapter(source_, model.parameters(), o_.rank, o_.alpha));
+      return;
+    }
     const auto tuned_columns = [&](const std::string& linear) -> const float* {
       for (const parameter& p : model.parameters()) {
         if (p.name == linear + ".weak") return p.value;
@@ -303,9 +338,7 @@ class finetuning {
     io::write_adapter(o_.out, make_adapter(source_, tuned_columns));
   }
 
-  void report(const trainer& train, const trainable& model, const trainer_options& how) const {
-    index_t parameters = 0;
-    for (const parameter& p : model.parameters()) parameters += p.size();
+  void report(const trainer& train, const tuned& model, const trainer_options& how) const {
     const auto& best = train.best();
     if (best) {
       std::fprintf(
@@ -314,10 +347,13 @@ class finetuning {
     }
     if (!o_.json) return;
     ordered_json all = {{"out", o_.out},
+                        {"method", to_string(o_.method)},
                         {"steps", how.steps},
                         {"samples", samples_.size()},
                         {"validation_samples", validation_.size()},
-                        {"parameters", parameters},
+                        {"parameters", model.size()},
+                        {"saved_bytes_per_token", model.saved_bytes_per_token()},
+                        {"optimiser_bytes", model.optimiser_bytes()},
                         {"start_loss", nullptr},
                         {"best_loss", nullptr},
                         {"best_step", nullptr}};

@@ -8,11 +8,15 @@
 
 #include "qeft/training/schedule.hpp"
 #include "training_data.hpp"
+#include "tuning_method.hpp"
 
 namespace qeft_llm {
 
 struct finetune_options {
-  std::string model;               // QEFT checkpoint to tune
+  std::string model;  // QEFT checkpoint to tune, or what the method needs
+  tuning_method method = tuning_method::qeft;
+  qeft::index_t rank = 16;         // r of the LoRA methods
+  double alpha = 16;               // their factor is alpha / r
   std::string data;                // .txt or .jsonl, see training_data_reader
   std::string out;                 // adapter file to write
   std::string validation;          // data of the same kinds; empty: a share of `data`
@@ -42,15 +46,17 @@ struct finetune_options {
 };
 
 /// Tunes the weak columns of a QEFT checkpoint and writes an adapter (see qeft/io/adapter.hpp) of
-/// those that validate best, or of the last ones where there is no validation.
+/// those that validate best, or of the last ones where there is no validation. The other methods of
+/// tuning_method are baselines for comparison; those with LoRA write what write_lora_adapter does.
 ///
 /// A run that was killed left its state in OUT.unfinished.partial: the same command goes on from
 /// there, to the same bytes. Whatever decides the result must be as it was.
 ///
 /// Objects of the log: step, loss, rate, gradient_norm, tokens_per_second and, where it was
 /// measured, validation_loss; one of step 0 has the validation loss before training alone. The
-/// object of the result: out, steps, samples, validation_samples, parameters, and start_loss,
-/// best_loss and best_step, which are null without validation.
+/// object of the result: out, method, steps, samples, validation_samples, parameters (a number),
+/// saved_bytes_per_token (what all linears keep for backward), optimiser_bytes (AdamW's moments),
+/// and start_loss, best_loss and best_step, which are null without validation.
 /// @return the exit status of the command
 /// @throws qeft::error; then nothing is at `out`
 int run_finetune(const finetune_options& options);

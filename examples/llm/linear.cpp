@@ -135,6 +135,22 @@ packed_matrix full_precision(const std::string& name, const qeft::io::tensor_vie
   return m;
 }
 
+std::vector<float> values_of(const packed_matrix& weight) {
+  const qeft::matrix_descriptor& d = weight.descriptor();
+  if (d.dense_columns() != 0) {
+    fail(errc::invalid_argument, "values_of: the weight has " + std::to_string(d.dense_columns()) +
+                                     " quantised columns, but must have none");
+  }
+  std::vector<float> values;
+  values.reserve(static_cast<std::size_t>(d.out_channels * d.in_channels));
+  for (index_t n = 0; n < d.out_channels; ++n) {
+    for (index_t j = 0; j < d.in_channels; ++j) {
+      values.push_back(widened(weight.read_weak(n, j), d.scalar));
+    }
+  }
+  return values;
+}
+
 linear::linear(const qeft::on_host& exec, const packed_matrix& weight, std::vector<float> bias)
     : weight_(qeft::repack<qeft::layout::simd_tile>(exec, weight)), bias_(std::move(bias)) {
   if (!bias_.empty() && static_cast<index_t>(bias_.size()) != out_channels()) {

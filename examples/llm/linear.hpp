@@ -33,6 +33,9 @@ packed_matrix full_precision(const std::string& name, const qeft::io::tensor_vie
                              qeft::index_t out_channels, qeft::index_t in_channels,
                              rounding_summary* rounding = nullptr);
 
+/// The numbers of such a layer, (OC, IC). @pre all columns of the weight are weak
+std::vector<float> values_of(const packed_matrix& weight);
+
 /// The arithmetic of quantised columns: FP32, or 8-bit activations (qeft::cpu::int8).
 enum class activation_type { exact, int8 };
 

@@ -193,6 +193,20 @@ void add_finetune(CLI::App& command, finetune_options& o, std::string& device) {
                   "response, or of messages")
       ->required();
   command.add_option("--out", o.out, "adapter file to write")->required();
+  add_choice<tuning_method>(
+      command, "--method", o.method,
+      "what is trained: weak columns (qeft; owq: of a model quantised with --reorder off), or LoRA "
+      "on a full-precision model (lora), on NF4 made of it (qlora), on 8 bits made of it and in "
+      "the MLP only (platypus), or by groups on a model quantised with --zero scaled (qa-lora)",
+      {{"qeft", tuning_method::qeft},
+       {"owq", tuning_method::owq},
+       {"lora", tuning_method::lora},
+       {"qlora", tuning_method::qlora},
+       {"qa-lora", tuning_method::qa_lora},
+       {"platypus", tuning_method::platypus}});
+  command.add_option("--rank", o.rank, "r of LoRA")->capture_default_str();
+  command.add_option("--alpha", o.alpha, "B A of LoRA is multiplied with alpha / r")
+      ->capture_default_str();
   auto* validation = command.add_option("--validation", o.validation, "data to validate with");
   command
       .add_option("--validation-share", o.validation_share,

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <deque>
 #include <filesystem>
 #include <map>
 #include <optional>
@@ -229,6 +230,7 @@ class merger {
     source_.weights().require(expected_tensors(config_));
     const std::string base = io::weights_fingerprint(source_.weights().reader());
     for (const std::string& file : o_.adapters) add_adapter(file, base);
+    check_kinds();
     for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
       for (const linear_kind kind : all_linears) merge_linear(l, kind);
     }
@@ -267,14 +269,29 @@ class merger {
 
   double weight(std::size_t adapter) const { return o_.weights.empty() ? 1 : o_.weights[adapter]; }
 
+  void check_architecture(const std::string& path, const std::string& theirs) const {
+    const std::string ours = architecture_of(config_);
+    if (theirs == ours) return;
+    fail(errc::invalid_argument,
+         "merge: " + path + " is for " + theirs + ", but " + o_.model + " is " + ours);
+  }
+
+  void notice_base(const std::string& path, const std::string& made_of,
+                   const std::string& base) const {
+    if (made_of == base) return;
+    std::fprintf(stderr, "notice: %s was made of %s, but %s is %s; it is added all the same\n",
+                 path.c_str(), made_of.empty() ? "a model it does not name" : made_of.c_str(),
+                 o_.model.c_str(), base.c_str());
+  }
+
   /// Reads an adapter and checks whether it fits the model.
   void add_adapter(const std::string& path, const std::string& base) {
-    io::adapter a = io::read_adapter(path);
-    const std::string ours = architecture_of(config_);
-    if (a.architecture != ours) {
-      fail(errc::invalid_argument,
-           "merge: " + path + " is for " + a.architecture + ", but " + o_.model + " is " + ours);
+    if (is_lora_adapter(path)) {
+      add_lora(path, base);
+      return;
     }
+    io::adapter a = io::read_adapter(path);
+    check_architecture(path, a.architecture);
     std::map<std::string, linear_shape> shapes;
     for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
       for (const linear_kind kind : all_linears) {
@@ -291,13 +308,88 @@ class merger {
                         " has no linear of that name and shape"));
       }
     }
-    const std::string& made_of = config_.quantization ? a.base : a.full_precision;
-    if (made_of != base) {
-      std::fprintf(stderr, "notice: %s was made of %s, but %s is %s; it is added all the same\n",
-                   path.c_str(), made_of.empty() ? "a model it does not name" : made_of.c_str(),
-                   o_.model.c_str(), base.c_str());
-    }
+    notice_base(path, config_.quantization ? a.base : a.full_precision, base);
+    bases_.push_back(a.base);
+    low_rank_.emplace_back();
     adapters_.push_back(std::move(a));
+  }
+
+  void add_lora(const std::string& path, const std::string& base) {
+    lora_adapter a = read_lora_adapter(path);
+    check_architecture(path, a.architecture);
+    if (a.groupwise != config_.quantization.has_value()) {
+      fail(errc::invalid_argument,
+           "merge: " + path +
+               (a.groupwise ? " is of QA-LoRA, for the quantised model it was made of"
+                            : " is of LoRA, for a model in full precision") +
+               ", but " + o_.model + " is not one");
+    }
+    // Another checkpoint may have its columns in other groups.
+    if (a.groupwise && a.base != base) {
+      fail(errc::invalid_argument, "merge: " + path + " was made of " + a.base + ", but " +
+                                       o_.model + " is " + base +
+                                       "; an adapter of QA-LoRA fits no other model");
+    }
+    if (!a.groupwise) notice_base(path, a.base, base);
+    std::map<std::string, linear_shape> targets;
+    for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
+      for (const linear_kind kind : all_linears) {
+        const std::string name = linear_name(l, kind);
+        linear_shape& s = targets[name] = shape_of(config_, kind);
+        if (!a.groupwise) continue;
+        const qeft::matrix_descriptor* d = config_.quantization->find(name);
+        s.in_channels = d == nullptr ? 0 : d->groups();
+      }
+    }
+    for (const auto& [name, linear] : a.linears) {
+      const auto s = targets.find(name);
+      if (s != targets.end() && s->second.out_channels == linear.out_channels &&
+          s->second.in_channels == linear.width) {
+        continue;
+      }
+      fail(errc::invalid_argument,
+           qeft::text("merge: ", path, " changes ", name, " by ", linear.out_channels, " x ",
+                      linear.width, " numbers, but ", o_.model, " has no such linear"));
+    }
+    bases_.push_back(a.base);
+    low_rank_.push_back(std::move(a));
+    adapters_.emplace_back();
+  }
+
+  /// In a checkpoint they change weak columns or zero points, not both.
+  void check_kinds() const {
+    if (!config_.quantization) return;
+    for (const auto& a : low_rank_) {
+      if (a.has_value() == low_rank_.front().has_value()) continue;
+      fail(errc::invalid_argument,
+           "merge: --adapter is given for adapters of QA-LoRA and of weak columns, but for a "
+           "quantised model all must be of one kind");
+    }
+  }
+
+  /// What an adapter adds to a linear, or null; `made` keeps what is made for it.
+  const io::adapter_linear* linear_of(std::size_t adapter, const std::string& name,
+                                      std::deque<io::adapter_linear>& made) const {
+    if (!low_rank_[adapter]) {
+      const auto found = adapters_[adapter].linears.find(name);
+      return found == adapters_[adapter].linears.end() ? nullptr : &found->second;
+    }
+    const lora_adapter& a = *low_rank_[adapter];
+    const auto found = a.linears.find(name);
+    if (found == a.linears.end()) return nullptr;
+    const lora_linear& l = found->second;
+    made.push_back(
+        {l.out_channels, l.width, qeft::permutation::identity(l.width).source(), product(a, l)});
+    if (a.groupwise) {
+      // A mean over a group is a sum divided by its size.
+      const qeft::matrix_descriptor& d = *config_.quantization->find(name);
+      for (index_t i = 0; i < l.out_channels * l.width; ++i) {
+        const index_t first = i % l.width * d.columns_per_group();
+        const index_t size = std::min(d.columns_per_group(), d.dense_columns() - first);
+        made.back().delta[static_cast<std::size_t>(i)] /= static_cast<double>(size);
+      }
+    }
+    return &made.back();
   }
 
   /// The tensor that holds a linear's columns, and which of the original model they are; ascending.
@@ -315,6 +407,11 @@ class merger {
     const io::safetensors_reader& reader = source_.weights().reader();
     // Also checks everything about it.
     io::stored_linear stored = io::read_linear(reader, name, *config_.quantization);
+    if (low_rank_.front()) {
+      const index_t groups = stored.matrix.descriptor().groups();
+      if (groups == 0) return {};
+      return {&reader.at(name + ".zeros"), qeft::permutation::identity(groups).source(), nullptr};
+    }
     if (stored.weak_index.empty()) return {};
     return {&reader.at(name + ".weak"), std::move(stored.weak_index), plan_.rows(name)};
   }
@@ -330,10 +427,11 @@ class merger {
     layer_report report{linear_name(block, kind)};
     const target to = target_of(report.name, shape_of(config_, kind));
     std::map<std::int32_t, std::vector<term>> terms;  // by column of the tensor
+    std::deque<io::adapter_linear> made;
     for (std::size_t a = 0; a < adapters_.size(); ++a) {
-      const auto found = adapters_[a].linears.find(report.name);
-      if (found == adapters_[a].linears.end()) continue;
-      const std::vector<std::int32_t>& columns = found->second.columns;
+      const io::adapter_linear* found = linear_of(a, report.name, made);
+      if (found == nullptr) continue;
+      const std::vector<std::int32_t>& columns = found->columns;
       for (std::size_t j = 0; j < columns.size(); ++j) {
         const auto at = std::lower_bound(to.columns.begin(), to.columns.end(), columns[j]);
         if (at == to.columns.end() || *at != columns[j]) {
@@ -342,7 +440,7 @@ class merger {
         }
         ++report.columns;
         terms[static_cast<std::int32_t>(at - to.columns.begin())].push_back(
-            {&found->second, static_cast<index_t>(j), weight(a)});
+            {found, static_cast<index_t>(j), weight(a)});
       }
     }
     if (report.columns > 0) change(report.name, to, terms);
@@ -407,7 +505,7 @@ class merger {
     for (std::size_t a = 0; a < adapters_.size(); ++a) {
       list.push_back({{"file", fs::path(o_.adapters[a]).filename().string()},
                       {"weight", weight(a)},
-                      {"base", adapters_[a].base}});
+                      {"base", bases_[a]}});
     }
     return list;
   }
@@ -434,6 +532,8 @@ class merger {
   const model_config& config_;
   qeft::reorder_plan plan_;
   std::vector<io::adapter> adapters_;
+  std::vector<std::optional<lora_adapter>> low_rank_;  // beside adapters_: the one or the other
+  std::vector<std::string> bases_;
   std::vector<layer_report> layers_;
   column_sets before_;
   column_sets after_;
@@ -467,6 +567,16 @@ io::adapter make_adapter(const model_source& base,
   if (model != how.end() && model->is_string()) result.full_precision = model->get<std::string>();
   result.architecture = architecture_of(config);
   return result;
+}
+
+lora_adapter make_lora_adapter(const model_source& base, const std::vector<parameter>& parameters,
+                               index_t rank, double alpha) {
+  return {base.config().quantization.has_value(),
+          rank,
+          alpha,
+          io::weights_fingerprint(base.weights().reader()),
+          architecture_of(base.config()),
+          lora_linears(parameters)};
 }
 
 int run_merge(const merge_options& options) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "llama.hpp"
+#include "lora_adapter.hpp"
 #include "qeft/io/adapter.hpp"
 
 namespace qeft_llm {
@@ -19,6 +20,10 @@ namespace qeft_llm {
 /// @throws qeft::error as make_adapter_linear; errc::invalid_argument when nothing was tuned
 qeft::io::adapter make_adapter(const model_source& base,
                                const std::function<const float*(const std::string& linear)>& tuned);
+
+/// What LoRA or QA-LoRA found. @param parameters of a model of lora layers
+lora_adapter make_lora_adapter(const model_source& base, const std::vector<parameter>& parameters,
+                               qeft::index_t rank, double alpha);
 
 struct merge_options {
   std::string model;  // directory to read: a QEFT checkpoint, or a full-precision model
@@ -41,6 +46,11 @@ struct merge_options {
 /// An adapter of another base is added with a notice on stderr; of another architecture or shape it
 /// is refused, and so is a model that is merged already. Columns that are not weak in the model are
 /// an error unless skip_missing is set; then each layer's number is said on stderr.
+///
+/// Adapters may also be those of LoRA, for a full-precision model: then delta is alpha / r * B A and
+/// all columns change; and of QA-LoRA, for the checkpoint that was tuned: then w are its scaled zero
+/// points, and the merged layer is W + alpha / r * B A up to their rounding to 16 bits. Merging
+/// holds the changed columns in memory, here all, and before_merge.qeft is as large as they are.
 ///
 /// With json, stdout is one object: out, fingerprint (of the result), adapters, columns and missing
 /// (numbers, over all adapters), and layers, a list of name, columns and missing.

@@ -114,6 +114,14 @@ void tuned_model::clear_gradients() {
   for (const parameter& p : parameters_) std::fill_n(p.gradient, p.size(), 0.0F);
 }
 
+index_t tuned_model::saved_channels() const {
+  index_t sum = 0;
+  for (const tuned_block& b : blocks_) {
+    for (const linear_kind kind : all_linears) sum += b[kind].saved_channels();
+  }
+  return sum;
+}
+
 void tuned_model::update() {
   for (std::size_t l = 0; l < blocks_.size(); ++l) {
     for (const linear_kind kind : all_linears) {

@@ -52,6 +52,9 @@ class tuned_model {
   /// In a fixed order. Valid while the model lives.
   const std::vector<parameter>& parameters() const noexcept { return parameters_; }
   void clear_gradients();
+  /// Floats per token that all linears keep for backward; those of one block at a time, unless
+  /// tuning_options::keep_tapes is set.
+  qeft::index_t saved_channels() const;
 
   /// Sum over the counted tokens of -log p. The gradients of factor * that sum are added to those
   /// of the parameters. The same bits for any number of threads.
