@@ -53,19 +53,37 @@ void add_product_back(const qeft::on_host& exec, const float* dy, index_t tokens
   });
 }
 
+/// In an order that vectors keep, wherever x lies.
+float sum_of(const float* x, index_t count) {
+  constexpr index_t lanes = 8;
+  float sums[lanes] = {};
+  index_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    for (index_t l = 0; l < lanes; ++l) sums[l] += x[i + l];
+  }
+  float sum = 0;
+  for (; i < count; ++i) sum += x[i];
+  for (const float s : sums) sum += s;
+  return sum;
+}
+
 }  // namespace
 
 column_groups groups_of(const qeft::matrix_descriptor& d,
                         qeft::span<const std::int32_t> weak_index) {
   column_groups g;
-  g.of_column.assign(static_cast<std::size_t>(d.in_channels), -1);
   std::vector<index_t> size(static_cast<std::size_t>(d.groups()));
   qeft::visit_weak(d, weak_index.data(), [&](const auto& weak) {
     for (index_t i = 0; i < d.dense_columns(); ++i) {
       const index_t group = i / d.columns_per_group();
-      g.of_column[static_cast<std::size_t>(weak.dense_column(i, d.in_channels))] =
-          static_cast<std::int32_t>(group);
+      const index_t column = weak.dense_column(i, d.in_channels);
       ++size[static_cast<std::size_t>(group)];
+      if (!g.runs.empty() && g.runs.back().group == group &&
+          g.runs.back().first + g.runs.back().count == column) {
+        ++g.runs.back().count;
+      } else {
+        g.runs.push_back({column, 1, group});
+      }
     }
   });
   for (const index_t s : size) g.share.push_back(1.0F / static_cast<float>(s));
@@ -101,16 +119,28 @@ lora::lora(std::unique_ptr<tuned_linear> base, const std::string& name, const lo
 
 /// The means of the groups. @param z (tokens, groups)
 void lora::pool(const qeft::on_host& exec, const float* x, index_t tokens, float* z) const {
-  const index_t columns = in_channels();
   for_each_piece(exec, tokens, [&](index_t first, index_t count) {
     for (index_t t = first; t < first + count; ++t) {
       float* to = z + t * width_;
       std::fill_n(to, width_, 0.0F);
-      for (index_t c = 0; c < columns; ++c) {
-        const std::int32_t group = groups_.of_column[static_cast<std::size_t>(c)];
-        if (group >= 0) to[group] += x[t * columns + c];
+      for (const column_groups::run& r : groups_.runs) {
+        to[r.group] += sum_of(x + t * in_channels() + r.first, r.count);
       }
       for (index_t g = 0; g < width_; ++g) to[g] *= groups_.share[static_cast<std::size_t>(g)];
+    }
+  });
+}
+
+/// The counterpart of pool: adds the gradient of x. @param dz (tokens, groups)
+void lora::pool_back(const qeft::on_host& exec, const float* dz, index_t tokens, float* dx) const {
+  for_each_piece(exec, tokens, [&](index_t first, index_t count) {
+    for (index_t t = first; t < first + count; ++t) {
+      for (const column_groups::run& r : groups_.runs) {
+        const float each =
+            dz[t * width_ + r.group] * groups_.share[static_cast<std::size_t>(r.group)];
+        float* to = dx + t * in_channels() + r.first;
+        for (index_t i = 0; i < r.count; ++i) to[i] += each;
+      }
     }
   });
 }
@@ -155,17 +185,7 @@ void lora::backward(const qeft::on_host& exec, const float* dy, const float* sav
   }
   floats dz(static_cast<std::size_t>(tokens * width_));
   add_product_back(exec, d_az.data(), tokens, a_.data(), rank_, width_, 1.0F, dz.data());
-  const index_t columns = in_channels();
-  for_each_piece(exec, tokens, [&](index_t first, index_t count) {
-    for (index_t t = first; t < first + count; ++t) {
-      for (index_t c = 0; c < columns; ++c) {
-        const std::int32_t group = groups_.of_column[static_cast<std::size_t>(c)];
-        if (group < 0) continue;
-        dx[t * columns + c] += dz[static_cast<std::size_t>(t * width_ + group)] *
-                               groups_.share[static_cast<std::size_t>(group)];
-      }
-    }
-  });
+  pool_back(exec, dz.data(), tokens, dx);
 }
 
 void lora::add_parameters(const std::string& name, std::vector<parameter>& to) {

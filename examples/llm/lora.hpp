@@ -21,8 +21,14 @@ struct lora_options {
 /// The means of a layer's input that QA-LoRA reads: over the dense columns of each group. Weak
 /// columns are in none.
 struct column_groups {
-  std::vector<std::int32_t> of_column;  // (IC); -1 for none
-  std::vector<float> share;             // (groups): 1 / columns in it
+  /// Adjacent columns of a group.
+  struct run {
+    qeft::index_t first;
+    qeft::index_t count;
+    qeft::index_t group;
+  };
+  std::vector<run> runs;     // ascending
+  std::vector<float> share;  // (groups): 1 / columns in it
 
   qeft::index_t count() const noexcept { return static_cast<qeft::index_t>(share.size()); }
 };
@@ -59,6 +65,7 @@ class lora final : public tuned_linear {
   using floats = qeft::host_buffer<float>;
 
   void pool(const qeft::on_host& exec, const float* x, qeft::index_t tokens, float* z) const;
+  void pool_back(const qeft::on_host& exec, const float* dz, qeft::index_t tokens, float* dx) const;
 
   std::unique_ptr<tuned_linear> base_;
   column_groups groups_;
