@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <memory>
 #include <string>
 #include <utility>
@@ -910,4 +911,28 @@ TEST_CASE("a LoRA run goes on where it was, to the same bytes", "[llm]") {
   o.threads = 1;
   REQUIRE(run_finetune(o) == 0);
   CHECK(read_all(o.out) == expected);
+}
+
+TEST_CASE("the command says what a method trains and keeps", "[llm]") {
+  const workplace w;
+  const std::string command =
+      "exec 2>/dev/null; '" QEFT_LLM "' finetune --model '" + w.path("full") + "' --data '" +
+      w.path("data.txt") + "' --out '" + w.path("out") +
+      "' --method platypus --rank 5 --alpha 7 --seq-len 32 --steps 1 --batch 1 --threads 1 --json";
+  std::FILE* pipe = ::popen(command.c_str(), "r");
+  REQUIRE(pipe != nullptr);
+  std::string text;
+  char buffer[4096];
+  while (const std::size_t n = std::fread(buffer, 1, sizeof buffer, pipe)) text.append(buffer, n);
+  CHECK(::pclose(pipe) == 0);
+  text.pop_back();
+  const json result = json::parse(text.substr(text.rfind('\n') + 1));
+  CHECK(result.at("method") == "platypus");
+  // Two blocks of gate, up and down, between 96 and 160 channels.
+  CHECK(result.at("parameters") == 2 * 3 * 5 * (96 + 160));
+  CHECK(result.at("saved_bytes_per_token") == 2 * 4 * (2 * (96 + 5) + 160 + 5));
+  CHECK(result.at("optimiser_bytes") == 8 * 2 * 3 * 5 * (96 + 160));
+  const lora_adapter a = read_lora_adapter(w.dir / "out");
+  CHECK(a.rank == 5);
+  CHECK(a.alpha == 7);
 }
