@@ -43,7 +43,8 @@ void add_product(const qeft::on_host& exec, const float* x, index_t tokens, cons
   });
 }
 
-/// dx += scale * dy w. @param dy (tokens, rows) @param w (rows, columns) @param dx (tokens, columns)
+/// dx += scale * dy w. @param dy (tokens, rows) @param w (rows, columns)
+/// @param dx (tokens, columns)
 void add_product_back(const qeft::on_host& exec, const float* dy, index_t tokens, const float* w,
                       index_t rows, index_t columns, float scale, float* dx) {
   for_each_piece(exec, tokens, [&](index_t first, index_t count) {

@@ -47,10 +47,11 @@ struct merge_options {
 /// is refused, and so is a model that is merged already. Columns that are not weak in the model are
 /// an error unless skip_missing is set; then each layer's number is said on stderr.
 ///
-/// Adapters may also be those of LoRA, for a full-precision model: then delta is alpha / r * B A and
-/// all columns change; and of QA-LoRA, for the checkpoint that was tuned: then w are its scaled zero
-/// points, and the merged layer is W + alpha / r * B A up to their rounding to 16 bits. Merging
-/// holds the changed columns in memory, here all, and before_merge.qeft is as large as they are.
+/// Adapters may also be those of LoRA, for a full-precision model: then delta is alpha / r * B A
+/// and all columns change; and of QA-LoRA, for the checkpoint that was tuned: then w are its scaled
+/// zero points, and the merged layer is W + alpha / r * B A up to their rounding to 16 bits.
+/// Merging holds the changed columns in memory, here all, and before_merge.qeft is as large as
+/// they are.
 ///
 /// With json, stdout is one object: out, fingerprint (of the result), adapters, columns and missing
 /// (numbers, over all adapters), and layers, a list of name, columns and missing.
