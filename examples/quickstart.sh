@@ -81,25 +81,24 @@ language=de-DE
 base=$work/models/QEFT-4bit-default
 tuned=$work/models/QEFT-4bit-tuned
 adapter=$work/models/adapter.safetensors
-rm -rf "$adapter" "$tuned"
+rm -rf "$adapter" "$adapter.unfinished.partial" "$tuned"
 "$llm" finetune --model "$base" --data "$work/text/tuning_$language.txt" --out "$adapter" \
   --steps 60 --batch 2 --lr 1e-3 --schedule cosine --warmup 5 --seq-len "$seq_len" \
   --threads "$threads"
 "$llm" merge --model "$base" --adapter "$adapter" --out "$tuned"
-tuning_row='%-26s %12s %12s\n'
-tuning=$(
-  printf "$tuning_row" "perplexity on" "German" "English"
-  for dir in "$base" "$tuned"; do
-    printf "$tuning_row" "$(basename "$dir")" \
-      "$(perplexity_of "$dir" "$work/text/heldout_$language.txt")" \
-      "$(perplexity_of "$dir" "$work/text/heldout.txt")"
-  done
-)
+tuning_row='%-26s %12s %12s'
+tuning=("$(printf "$tuning_row" "perplexity on" "German" "English")")
+for dir in "$base" "$tuned"; do
+  german=$(perplexity_of "$dir" "$work/text/heldout_$language.txt")
+  english=$(perplexity_of "$dir" "$work/text/heldout.txt")
+  tuning+=("$(printf "$tuning_row" "$(basename "$dir")" "$german" "$english")")
+done
 
 step "Result"
 printf "$row\n" model perplexity change MiB bits/w tokens/s
 printf '%s\n' "${rows[@]}"
-printf '\n%s\n' "$tuning"
+echo
+printf '%s\n' "${tuning[@]}"
 printf '\nQEFT, 4 bits, answers "%s":\n' "$prompt"
 answer() {
   "$llm" generate --model "$work/models/QEFT-4bit-default" --prompt "$prompt" --max-tokens 96 \

@@ -32,7 +32,8 @@ def main():
                                    "packages, heldout_code.txt from Python packages")
     for_translated = commands.add_parser("translated", help="tuning_LANGUAGE.txt and "
                                          "heldout_LANGUAGE.txt from a Debian package")
-    for_translated.add_argument("--language", required=True, help="such as de-DE or fr-FR")
+    for_translated.add_argument("--language", required=True,
+                                help="one with Latin letters, such as de-DE or fr-FR")
     for command in (for_model, for_perturbed, for_text, for_translated):
         command.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
     for command in (for_model, for_text, for_translated):

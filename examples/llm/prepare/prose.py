@@ -167,17 +167,21 @@ def prepare(out, cache):
             found = list(documents(package, deb))
             print(f"prepare: {deb.name}: {len(found)} documents", file=sys.stderr)
             all_documents += found
-    write(out, MINIMUM_BYTES, split(all_documents))
+    write(out, MINIMUM_BYTES, split(all_documents),
+          "are the package lists there (apt-get update)?")
 
 
-def write(out, minimum_bytes, parts):
-    """Writes paragraphs; minimum_bytes gives the names of the files and what each must have."""
+def write(out, minimum_bytes, parts, remedy):
+    """Writes paragraphs; minimum_bytes gives the names of the files and what each must have.
+
+    `remedy` is what a message about too little text ends with.
+    """
     for name, paragraphs in zip(minimum_bytes, parts):
         text = "".join(paragraph + "\n\n" for paragraph in paragraphs)
         size = len(text.encode())
         if size < minimum_bytes[name]:
             raise PrepareError(f"only {size} bytes of text for {name}, {minimum_bytes[name]} are "
-                               "needed; are the package lists there (apt-get update)?")
+                               f"needed; {remedy}")
         files.make_directory(out)
         try:
             files.write_text(out / name, text)

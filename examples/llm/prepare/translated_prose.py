@@ -37,4 +37,6 @@ def prepare(out, cache, language):
     documents = [(f"{PACKAGE}/{language}/{name}", [p for p in page if p not in english])
                  for name, page in translated.items()]
     names = {f"{part}_{language}.txt": size for part, size in MINIMUM_BYTES.items()}
-    prose.write(out, names, prose.split(documents))
+    prose.write(out, names, prose.split(documents),
+                "prose is told by Latin letters and full stops, so that languages such as de-DE "
+                "and fr-FR work, but not zh-CN or ja-JP")
