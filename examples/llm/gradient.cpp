@@ -50,10 +50,14 @@ class measured_linear final : public tuned_linear {
       }
       std::fill(dw.begin(), dw.end(), 0.0F);
       add_weight_gradient(exec, dy, out_channels(), x.data(), columns, tokens, dw.data());
-      for (index_t i = 0; i < out_channels() * columns; ++i) {
-        const auto d = static_cast<double>(dw[static_cast<std::size_t>(i)]);
-        sums_[static_cast<std::size_t>(first + i % columns)] += d * d;
-      }
+      exec.parallel_for(columns, 8, [&](index_t begin, index_t end) {
+        for (index_t n = 0; n < out_channels(); ++n) {
+          for (index_t c = begin; c < end; ++c) {
+            const auto d = static_cast<double>(dw[static_cast<std::size_t>(n * columns + c)]);
+            sums_[static_cast<std::size_t>(first + c)] += d * d;
+          }
+        }
+      });
     }
   }
 

@@ -68,6 +68,7 @@ class tuned_model {
   double loss(const training_sample& sample, const logits_loss& loss);
 
   /// After the parameters' values changed.
+  /// @throws qeft::error naming the linear whose values its type cannot hold
   void update();
 
  private:

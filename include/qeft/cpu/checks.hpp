@@ -49,6 +49,8 @@ struct named_array {
   const void* data;
 };
 
+/// Whether a number of tokens is valid, and every array is there unless there are no tokens.
+/// @param function its name in messages
 inline status check_tokens(const char* function, index_t tokens,
                            std::initializer_list<named_array> arrays) {
   if (tokens < 0) {

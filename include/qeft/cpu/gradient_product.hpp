@@ -13,7 +13,7 @@ namespace cpu::detail {
 
 /// What is multiplied at a time: vectors that are interleaved, terms of their sums so that those
 /// stay in the second-level cache, and terms so that a panel stays in the first-level cache.
-inline constexpr index_t gradient_vectors = 192;  // a multiple of every Isa::tokens and lanes
+inline constexpr index_t gradient_vectors = 192;
 inline constexpr index_t gradient_terms = 1024;
 inline constexpr index_t panel_terms = 128;
 
@@ -33,6 +33,8 @@ void store_or_add(const float* values, index_t count, bool add, float* to) {
 /// dX = dY W over panels of 32 slots of the kernel's order of input columns.
 template <int Bits, class Isa>
 class input_gradient_product {
+  static_assert(gradient_vectors % Isa::tokens == 0, "pieces of dy are made of whole blocks");
+
  public:
   input_gradient_product(const tile_layer& w, const run_list& runs, float* dx)
       : w_(w), runs_(runs), dx_(dx), slots_(w.extent.dense + w.extent.weak) {}
@@ -113,6 +115,9 @@ void load_panel(const float* from, index_t count, index_t columns, index_t colum
 /// dW(OC, k) = dY^T X_weak, by tiles of 32 output channels.
 template <class Isa>
 class weak_gradient_product {
+  static_assert(gradient_vectors % Isa::tokens == 0 && gradient_vectors % Isa::lanes == 0,
+                "pieces of x_weak are made of whole blocks, and padded to whole vectors");
+
  public:
   weak_gradient_product(index_t out_channels, index_t k, float* dw)
       : out_channels_(out_channels), k_(k), dw_(dw) {}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // AdamW (Loshchilov and Hutter, 2019) with two decoupled decays: towards zero, and towards where
-// training began.
+// training began (METHOD section 6).
 #pragma once
 
 #include <cmath>

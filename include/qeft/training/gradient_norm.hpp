@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Clipping of gradients by their global norm.
+// Clipping of gradients by their global norm (METHOD section 6).
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Learning rates by step.
+// Learning rates by step (METHOD section 6).
 #pragma once
 
 #include <cmath>
@@ -24,7 +24,7 @@ struct rate_schedule {
 inline namespace QEFT_TARGET {
 
 /// @throws qeft::error naming what is out of range
-inline void check(const rate_schedule& s) {
+inline void check_schedule(const rate_schedule& s) {
   const auto refuse = [](const char* name, const auto& value, const std::string& rule) {
     fail(errc::invalid_argument, text("schedule: ", name, " is ", value, ", but must be ", rule));
   };
@@ -39,9 +39,9 @@ inline void check(const rate_schedule& s) {
 }
 
 /// @param step from 0; behind the last one the rate stays where it ended
-/// @throws qeft::error as check()
+/// @throws qeft::error as check_schedule()
 inline double rate_at(const rate_schedule& s, index_t step) {
-  check(s);
+  check_schedule(s);
   if (step < s.warmup)
     return s.peak * static_cast<double>(step + 1) / static_cast<double>(s.warmup);
   if (s.kind == schedule_kind::constant) return s.peak;

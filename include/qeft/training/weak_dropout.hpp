@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weak-column dropout: in every step a random part of the weak columns is as it was at the start.
+// Weak-column dropout: in every step a random part of the weak columns is as it was at the start
+// (METHOD section 6).
 #pragma once
 
 #include "qeft/training/counter_random.hpp"

@@ -181,7 +181,7 @@ TEST_CASE("what is out of range is refused by name") {
     return throws_with(errc::invalid_argument, why, body);
   };
   const auto schedule = [](double peak, index_t warmup, index_t steps, double floor) {
-    return [=] { qeft::check({qeft::schedule_kind::linear, peak, warmup, steps, floor}); };
+    return [=] { qeft::check_schedule({qeft::schedule_kind::linear, peak, warmup, steps, floor}); };
   };
   CHECK(refused({"peak is 0"}, schedule(0, 0, 5, 0)));
   CHECK(refused({"peak is inf"}, schedule(INFINITY, 0, 5, 0)));
