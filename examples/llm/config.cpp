@@ -226,10 +226,10 @@ std::vector<int> read_eos_token_ids(const json_fields& fields, index_t vocab_siz
     const bool in_range = id.is_number_unsigned()
                               ? id.get<std::uint64_t>() < static_cast<std::uint64_t>(vocab_size)
                               : id.get<index_t>() >= 0 && id.get<index_t>() < vocab_size;
-    if (in_range) ids.push_back(id.get<int>());
+    if (!in_range) continue;
+    const int token = id.get<int>();
+    if (std::find(ids.begin(), ids.end(), token) == ids.end()) ids.push_back(token);
   }
-  std::sort(ids.begin(), ids.end());
-  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
   return ids;
 }
 

@@ -52,8 +52,9 @@ struct model_config {
   bool qkv_bias = false;             // q_proj, k_proj and v_proj have a bias
   bool o_bias = false;
   bool mlp_bias = false;  // gate_proj, up_proj and down_proj have a bias
-  /// The tokens that end a text, ascending: those of generation_config.json, or else of
-  /// config.json. Ids without a row in the embedding, which no model can say, are left out.
+  /// The tokens that end a text: those of generation_config.json, or else of config.json, each
+  /// once, in the order of the file. The first is what a trained response ends with. Ids without a
+  /// row in the embedding, which no model can say, are left out.
   std::vector<int> eos_token_ids;
   std::optional<qeft::io::quantization_config> quantization;  // of a QEFT checkpoint
   nlohmann::json source;  // the parsed config.json, from which a new one is made

@@ -26,13 +26,9 @@ namespace {
 qeft::span<float> values(const parameter& p) { return {p.value, p.size()}; }
 qeft::span<float> gradients(const parameter& p) { return {p.gradient, p.size()}; }
 
-index_t counted_in(const training_sample& s) {
-  return std::count_if(s.counted.begin(), s.counted.end(), [](char c) { return c != 0; });
-}
-
-index_t counted_in(const std::vector<training_sample>& samples) {
+index_t count_of(const std::vector<training_sample>& samples) {
   index_t sum = 0;
-  for (const training_sample& s : samples) sum += counted_in(s);
+  for (const training_sample& s : samples) sum += count_of(s);
   return sum;
 }
 
@@ -44,10 +40,10 @@ template <class Value>
 void check_samples(const std::vector<training_sample>& samples, const char* which) {
   for (std::size_t i = 0; i < samples.size(); ++i) {
     const training_sample& s = samples[i];
-    if (s.counted.size() != s.tokens.size() || counted_in(s) == 0 || s.counted.front() != 0) {
+    if (s.counted.size() != s.tokens.size() || count_of(s) == 0 || s.counted.front() != 0) {
       fail(errc::invalid_argument,
            text("trainer: ", which, " sample ", i, " has ", s.tokens.size(), " tokens, of which ",
-                counted_in(s), " of ", s.counted.size(),
+                count_of(s), " of ", s.counted.size(),
                 " count, but must have some that count, and not the first"));
     }
   }
@@ -78,6 +74,9 @@ json stored(const json& value) {
 }
 
 void check_setting(const json& earlier, const json& given, const std::string& where) {
+  if (!earlier.is_object()) {
+    io::fail_corrupt(where, "setting must be an object, not " + io::dump_json(earlier));
+  }
   const auto shown = [](const json& object, const std::string& key) {
     return object.contains(key) ? io::dump_json(object.at(key)) : std::string("nothing");
   };
@@ -126,7 +125,7 @@ trainer::trainer(const qeft::on_host& exec, trainable& model, const trainer_opti
     refuse("weak_dropout", options_.weak_dropout, "in [0, 1)");
   }
   options_.rate.steps = options_.steps;
-  qeft::check(options_.rate);
+  qeft::check_schedule(options_.rate);
   qeft::make_adamw_step(options_.adamw, options_.rate.peak, 0);
   if (training_.empty()) refuse("training", "empty", "some samples");
   if (model_.parameters().empty()) refuse("model", "frozen", "one with parameters to train");
@@ -140,16 +139,22 @@ trainer::trainer(const qeft::on_host& exec, trainable& model, const trainer_opti
 }
 
 /// action(), whose error for what is not finite names the step and what to do.
+/// @param step from 1; 0 for the model before training
 template <class Action>
-auto trainer::explained(const Action& action) const {
+auto trainer::explained(index_t step, const Action& action) const {
   try {
     return action();
   } catch (const qeft::error& e) {
     if (e.code() != errc::not_finite) throw;
+    if (step == 0) {
+      fail(errc::not_finite, text("training: before the first step: ", e.what(),
+                                  "; the model as it came cannot be trained on these samples"));
+    }
+    const std::string clip =
+        options_.clip > 0 ? text("a lower --clip (here ", options_.clip, ")") : "a --clip above 0";
     fail(errc::not_finite,
-         text("training: step ", step_ + 1, ": ", e.what(), "; try a lower --lr (here ",
-              options_.rate.peak, "), a longer --warmup or a lower --clip (here ", options_.clip,
-              ")"));
+         text("training: step ", step, ": ", e.what(), "; try a lower --lr (here ",
+              options_.rate.peak, "), a longer --warmup or ", clip));
   }
 }
 
@@ -197,9 +202,24 @@ void trainer::restore_columns() {
       }
     });
   }
+  model_.update();
 }
 
-/// Of the samples at [first, last). @return the sum of their losses
+/// Gradients of the samples at [first, last) with the step's columns dropped.
+/// @return the sum of their losses
+double trainer::backward(index_t first, index_t last, index_t counted) {
+  try {
+    drop_columns();
+    const double loss = add_gradients(first, last, counted);
+    check_finite(loss, "the loss");
+    restore_columns();
+    return loss;
+  } catch (...) {
+    restore_columns();
+    throw;
+  }
+}
+
 double trainer::add_gradients(index_t first, index_t last, index_t counted) {
   model_.clear_gradients();
   double sum = 0;
@@ -224,16 +244,13 @@ step_report trainer::advance() {
   const index_t last = std::min(first + options_.batch, options_.samples);
   index_t counted = 0;
   for (index_t i = first; i < last; ++i) {
-    counted += counted_in(sample_at(i));
+    counted += count_of(sample_at(i));
     report.tokens += static_cast<index_t>(sample_at(i).tokens.size());
   }
   report.rate = qeft::rate_at(options_.rate, step_);
   const std::vector<parameter>& all = model_.parameters();
-  explained([&] {
-    drop_columns();
-    report.loss = add_gradients(first, last, counted) / static_cast<double>(counted);
-    check_finite(report.loss, "the loss");
-    restore_columns();
+  explained(step_ + 1, [&] {
+    report.loss = backward(first, last, counted) / static_cast<double>(counted);
     std::vector<qeft::span<const float>> arrays;
     for (const parameter& p : all) arrays.emplace_back(p.gradient, p.size());
     report.gradient_norm = qeft::global_norm(exec_, arrays);
@@ -265,10 +282,10 @@ bool trainer::validates_now() const {
 }
 
 double trainer::validate() {
-  return explained([&] {
+  return explained(step_, [&] {
     double sum = 0;
     for (const training_sample& s : validation_) sum += model_.loss(s);
-    const double mean = sum / static_cast<double>(counted_in(validation_));
+    const double mean = sum / static_cast<double>(count_of(validation_));
     check_finite(mean, "the validation loss");
     return mean;
   });
@@ -329,6 +346,9 @@ void trainer::load(const std::filesystem::path& file, const json& setting) {
     best = best_result{number(fields, "best"), fields.integer("best_step", 0, step)};
   std::optional<double> start;
   if (fields.has("start")) start = number(fields, "start");
+  if (best.has_value() != start.has_value()) {
+    fields.refuse(best ? "start" : "best", "there, as its counterpart is");
+  }
   const std::vector<parameter>& all = model_.parameters();
   const auto read = [&](const char* what) {
     std::vector<numbers> arrays;

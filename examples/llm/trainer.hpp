@@ -3,7 +3,6 @@
 #pragma once
 
 #include <filesystem>
-#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -52,7 +51,7 @@ struct step_report {
   std::optional<double> validation_loss;  // mean over the counted tokens, after the step
 };
 
-/// The number of samples that `epochs` passes take, cut into steps.
+/// The number of steps that take so many samples, `batch` each; the last may take fewer.
 qeft::index_t steps_of(qeft::index_t samples, qeft::index_t batch);
 
 /// Trains with AdamW. The gradient of a step is that of the mean loss of the counted tokens of its
@@ -61,7 +60,7 @@ qeft::index_t steps_of(qeft::index_t samples, qeft::index_t batch);
 /// With validation samples the best parameters are kept, beginning with the initial ones.
 ///
 /// Weak-column dropout acts through the parameters' values: during backward they are those of the
-/// step's dropped columns; at every other time they are the trained ones.
+/// step's dropped columns; at every other time, also behind an error, they are the trained ones.
 ///
 /// The same for any number of threads, and whether it runs in one go or is gone on with.
 class trainer {
@@ -78,6 +77,7 @@ class trainer {
 
   /// Measures the model before training; nothing where it is measured already, or there are no
   /// validation samples. Called by advance().
+  /// @throws qeft::error errc::not_finite when the loss of the model as it came is NaN or infinite
   std::optional<double> measure_start();
 
   /// One step. @pre not done()
@@ -117,7 +117,8 @@ class trainer {
   void restore_columns();
   void check_finite(double value, const char* what) const;
   template <class Action>
-  auto explained(const Action& action) const;
+  auto explained(qeft::index_t step, const Action& action) const;
+  double backward(qeft::index_t first, qeft::index_t last, qeft::index_t counted);
   double add_gradients(qeft::index_t first, qeft::index_t last, qeft::index_t counted);
   double validate();
   bool validates_now() const;
@@ -130,7 +131,7 @@ class trainer {
   const std::vector<training_sample>& validation_;
   qeft::weak_dropout dropout_;
   qeft::index_t step_ = 0;
-  std::vector<numbers> initial_;  // one per parameter, and so below
+  std::vector<numbers> initial_;  // with l2_sp or dropout; one per parameter, and so below
   std::vector<numbers> m_;
   std::vector<numbers> v_;
   std::vector<numbers> trained_;  // while columns are dropped

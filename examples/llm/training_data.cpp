@@ -34,10 +34,6 @@ std::size_t common_prefix(const std::vector<int>& a, const std::vector<int>& b) 
   return static_cast<std::size_t>(first - a.begin());
 }
 
-index_t count(const training_sample& s) {
-  return std::count(s.counted.begin(), s.counted.end(), '\1');
-}
-
 /// The prompt that Alpaca's models were trained with.
 marked_text alpaca_prompt(const std::string& instruction, const std::string& input) {
   marked_text prompt = marked_text::plain(
@@ -122,10 +118,16 @@ struct too_long_records {
 
 }  // namespace
 
+index_t count_of(const training_sample& sample) {
+  return std::count_if(sample.counted.begin(), sample.counted.end(),
+                       [](char counts) { return counts != 0; });
+}
+
 training_data_reader::training_data_reader(std::filesystem::path model, const model_config& config,
                                            const tokenizer& tok, std::string template_name)
     : model_(std::move(model)),
       ends_(config.eos_token_ids),
+      vocab_size_(config.vocab_size),
       tokenizer_(tok),
       template_name_(std::move(template_name)) {}
 
@@ -144,14 +146,16 @@ training_data training_data_reader::read(const std::string& file, index_t seq_le
     const std::string_view record = rest.substr(0, rest.find('\n'));
     rest.remove_prefix(std::min(record.size() + 1, rest.size()));
     if (is_blank(record)) continue;
-    training_sample sample = read_record(record, text(file, ", line ", line));
+    const std::string where = text(file, ", line ", line);
+    training_sample sample = read_record(record, where);
+    check_tokens(sample.tokens, where);
     const auto size = static_cast<index_t>(sample.tokens.size());
     if (size > seq_len) {
       excess.add(line, size);
       sample.tokens.resize(static_cast<std::size_t>(seq_len));
       sample.counted.resize(static_cast<std::size_t>(seq_len));
     }
-    const index_t counted = count(sample);
+    const index_t counted = count_of(sample);
     if (counted == 0) {
       ++data.left_out;
       continue;
@@ -187,6 +191,8 @@ training_data training_data_reader::read_text(const std::string& file, std::stri
                                       prefix.size(), " tokens that stand in front of every text"));
   }
   const std::vector<int> tokens = tokenizer_.encode(utf8, /*parse_special=*/false);
+  check_tokens(prefix, file);
+  check_tokens(tokens, file);
   training_data data;
   const auto total = static_cast<index_t>(tokens.size());
   for (index_t first = 0; first < total; first += step) {
@@ -196,7 +202,7 @@ training_data training_data_reader::read_text(const std::string& file, std::stri
                          tokens.begin() + std::min(first + step, total));
     sample.counted.assign(sample.tokens.size(), '\1');
     std::fill_n(sample.counted.begin(), std::max<std::size_t>(prefix.size(), 1), '\0');
-    const index_t counted = count(sample);
+    const index_t counted = count_of(sample);
     if (counted == 0) continue;
     data.counted += counted;
     data.samples.push_back(std::move(sample));
@@ -206,6 +212,17 @@ training_data training_data_reader::read_text(const std::string& file, std::stri
          text(file, ": holds ", total, " tokens, but must hold some that follow others"));
   }
   return data;
+}
+
+/// A tokenizer may know tokens, added ones above all, that its model has no embedding of.
+void training_data_reader::check_tokens(const std::vector<int>& tokens,
+                                        const std::string& where) const {
+  for (const int token : tokens) {
+    if (token < vocab_size_) continue;
+    fail(errc::invalid_argument,
+         text(where, ": becomes token ", token, " of tokenizer.json, but must be of tokens below ",
+              "the model's vocab_size = ", vocab_size_));
+  }
 }
 
 training_sample training_data_reader::read_record(std::string_view line, const std::string& where) {
@@ -245,7 +262,7 @@ training_sample training_data_reader::respond(const marked_text& prompt,
   const std::size_t uncounted =
       std::max<std::size_t>(first, 1);  // nothing is before the first token
   std::fill_n(sample.counted.begin(), std::min(uncounted, sample.counted.size()), '\0');
-  if (count(sample) == 0) fail_corrupt(where, "the response has no token that follows another");
+  if (count_of(sample) == 0) fail_corrupt(where, "the response has no token that follows another");
   return sample;
 }
 
@@ -289,7 +306,7 @@ training_sample training_data_reader::converse(const std::vector<chat_message>& 
       if (std::find(ends_.begin(), ends_.end(), sample.tokens[t]) != ends_.end()) break;
     }
   }
-  if (count(sample) == 0) fail_corrupt(where, "messages have no token of an assistant to train");
+  if (count_of(sample) == 0) fail_corrupt(where, "messages have no token of an assistant to train");
   return sample;
 }
 

@@ -17,6 +17,9 @@
 
 namespace qeft_llm {
 
+/// The number of tokens of a sample whose prediction counts.
+qeft::index_t count_of(const training_sample& sample);
+
 /// What becomes of records of more than seq_len tokens.
 enum class long_records {
   refuse,
@@ -50,13 +53,18 @@ class training_data_reader {
 
   /// @throws qeft::error naming file, line and key for anything but the above: what is no JSON, a
   ///         key that is missing, of another type or of another kind of record, an empty response,
-  ///         messages without an assistant's, a file without any sample, records that are too long
+  ///         messages without an assistant's, a file without any sample, records that are too long,
+  ///         a token that the model's vocabulary does not have
   training_data read(const std::string& file, qeft::index_t seq_len,
                      long_records too_long = long_records::refuse);
+
+  /// Whether some record that was read needed the model's chat template.
+  bool used_template() const noexcept { return template_.has_value(); }
 
  private:
   training_data read_text(const std::string& file, std::string_view text,
                           qeft::index_t seq_len) const;
+  void check_tokens(const std::vector<int>& tokens, const std::string& where) const;
   training_sample read_record(std::string_view line, const std::string& where);
   training_sample respond(const marked_text& prompt, const std::string& response,
                           const std::string& where) const;
@@ -65,6 +73,7 @@ class training_data_reader {
 
   std::filesystem::path model_;
   std::vector<int> ends_;
+  qeft::index_t vocab_size_;
   tokenizer tokenizer_;
   std::string template_name_;
   std::optional<chat_template> template_;

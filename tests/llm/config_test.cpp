@@ -305,7 +305,7 @@ TEST_CASE("the end tokens are those of generation_config.json where it has any",
     return read_config(dir.path()).eos_token_ids;
   };
   CHECK(read_config(dir.path()).eos_token_ids == std::vector<int>{2});
-  CHECK(ends(R"({"bos_token_id": 1, "eos_token_id": [7, 3, 0, 7]})") == std::vector<int>{0, 3, 7});
+  CHECK(ends(R"({"bos_token_id": 1, "eos_token_id": [7, 3, 0, 7]})") == std::vector<int>{7, 3, 0});
   CHECK(ends(R"({"bos_token_id": [1, 5]})") == std::vector<int>{2});
   // Ids without a row in the embedding are never drawn; a file that is no JSON is ignored.
   CHECK(ends(R"({"eos_token_id": [50000, 49152, -1, 18446744073709551615, 49151]})") ==

@@ -8,7 +8,9 @@
 #include <cstring>
 #include <functional>
 #include <set>
+#include <stdexcept>
 
+#include "qeft/io/safetensors.hpp"
 #include "support/catch.hpp"
 #include "support/throws.hpp"
 #include "training_data.hpp"
@@ -55,9 +57,12 @@ class quadratic final : public trainable {
         }
       }
     }
-    return broken(seen.size()) ? static_cast<double>(NAN) : loss(s);
+    return broken(seen.size()) ? static_cast<double>(NAN) : sum_of(s);
   }
   double loss(const training_sample& s) override {
+    return broken_loss ? static_cast<double>(NAN) : sum_of(s);
+  }
+  double sum_of(const training_sample& s) const {
     double sum = 0;
     for (std::size_t t = 0; t < s.tokens.size(); ++t) {
       if (s.counted[t] == 0) continue;
@@ -85,6 +90,7 @@ class quadratic final : public trainable {
   std::vector<int> seen;                  // the second token of every sample trained on
   std::vector<numbers> read_by_backward;  // the first parameter, each time
   std::function<bool(std::size_t)> broken = [](std::size_t) { return false; };
+  bool broken_loss = false;
   int updates = 0;
 
  private:
@@ -123,6 +129,17 @@ std::vector<step_report> run(trainer& t) {
 
 bool same_bits(const numbers& a, const numbers& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), 4 * a.size()) == 0;
+}
+
+/// What the qeft::error of body() says; nothing without one.
+template <class Body>
+std::string message_of(const Body& body) {
+  try {
+    body();
+  } catch (const qeft::error& e) {
+    return e.what();
+  }
+  return {};
 }
 
 const qeft::on_host exec(2);
@@ -391,6 +408,32 @@ TEST_CASE("loss and gradients that are not finite stop the training, and the ste
                     [&] { run(t); }));
   CHECK(t.step() == 2);
 
+  // The remedy fits: no lower limit than none, no options for a model that never was sound.
+  trainer_options o = small_options(10);
+  o.clip = 2;
+  o.eval_every = 1;
+  const samples validation = {sample({0, 2})};
+  quadratic clipped;
+  trainer second(exec, clipped, o, training, validation);
+  second.advance();
+  clipped.broken_loss = true;
+  CHECK(throws_with(errc::not_finite,
+                    {"step 2: the validation loss is nan", "or a lower --clip (here 2)"},
+                    [&] { second.advance(); }));
+  const std::string without_clip = message_of([&] {
+    quadratic unclipped;
+    unclipped.broken = [](std::size_t) { return true; };
+    trainer(exec, unclipped, small_options(1), training, {}).advance();
+  });
+  CHECK(mentions(without_clip, {"step 1: the loss is nan", "or a --clip above 0"}));
+  const std::string start = message_of([&] {
+    quadratic unsound;
+    unsound.broken_loss = true;
+    trainer(exec, unsound, o, training, validation).advance();
+  });
+  CHECK(mentions(start, {"before the first step: the validation loss is nan"}));
+  CHECK(start.find("--lr") == std::string::npos);
+
   struct infinite_gradient final : public trainable {
     quadratic inner;
     const std::vector<parameter>& parameters() const override { return inner.parameters(); }
@@ -408,6 +451,62 @@ TEST_CASE("loss and gradients that are not finite stop the training, and the ste
   CHECK(throws_with(errc::not_finite, {"step 1", "the norm of the gradient is inf", "--clip"},
                     [&] { run(bad); }));
   CHECK(infinite.inner.all() == before);
+}
+
+TEST_CASE("columns that were dropped are the trained ones again behind an error") {
+  const samples training = numbered(2);
+  trainer_options o = small_options(10);
+  o.weak_dropout = 0.5;
+  const auto is_restored = [&](bool by_nan) {
+    quadratic model;
+    trainer t(exec, model, o, training, {});
+    t.advance();
+    t.advance();
+    const numbers before = model.all();
+    model.broken = [&](std::size_t) {
+      CHECK_FALSE(model.all() == before);  // some are dropped
+      if (!by_nan) throw std::runtime_error("backward");
+      return true;
+    };
+    CHECK_THROWS(t.advance());
+    return model.all() == before && model.is_up_to_date();
+  };
+  CHECK(is_restored(false));
+  CHECK(is_restored(true));
+}
+
+TEST_CASE("a state of this run that nobody wrote is refused by file and key") {
+  const temporary_directory dir;
+  const samples training = numbered(3);
+  const samples validation = {sample({0, 2})};
+  quadratic model;
+  trainer t(exec, model, small_options(3), training, validation);
+  t.advance();
+  const json setting = {{"--lr", 0.05}};
+  t.save(dir / "state", setting);
+  const numbers before = model.all();
+  const auto refused = [&](const char* key, const json& value, auto why) {
+    const qeft::io::safetensors_file saved(dir / "state");
+    auto metadata = saved.metadata();
+    metadata.erase(qeft::io::checksum_key);
+    metadata[key] = value.dump();
+    qeft::io::safetensors_writer writer(metadata);
+    for (const auto& [name, view] : saved.tensors()) {
+      writer.add(name, view.type, view.shape, view.data);
+    }
+    writer.write(dir / "other");
+    return throws_with(errc::corrupt_file, why, [&] { t.load(dir / "other", setting); }) &&
+           model.all() == before;
+  };
+  using words = std::initializer_list<const char*>;
+  CHECK(refused("setting", json::array({1}), words{"other", "setting must be an object", "[1]"}));
+  CHECK(refused("setting", "text", words{"other", "setting must be an object"}));
+  CHECK(refused("state", {{"step", 1}, {"best", 0.5}, {"best_step", 1}},
+                words{"other", "start is missing"}));
+  CHECK(refused("state", {{"step", 1}, {"start", 0.5}}, words{"other", "best is missing"}));
+  CHECK(refused("state", {{"step", 1}, {"best", 0.5}, {"start", 1}}, words{"other", "best_step"}));
+  CHECK(refused("state", 7, words{"other", "must be an object"}));
+  t.load(dir / "state", setting);
 }
 
 TEST_CASE("options and samples that cannot be trained with are refused by name") {

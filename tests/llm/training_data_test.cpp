@@ -72,6 +72,7 @@ struct workplace {
 
   explicit workplace(const std::string& chat_template = "") {
     config.eos_token_ids = {end};
+    config.vocab_size = 1000;
     if (chat_template.empty()) return;
     write_all(dir / "chat_template.jinja", chat_template);
     write_all(dir / "tokenizer_config.json", R"({"eos_token": "</s>"})");
@@ -143,8 +144,27 @@ TEST_CASE("of a prompt and a response the response counts, and its end") {
   w.prefix = 1;
   CHECK(w.record(R"({"prompt": "ask:", "response": "yes"})") == "[ask:|yes]");
   CHECK(w.record(R"({"prompt": "", "response": "yes"})") == "[|yes]");
+  w.config.eos_token_ids = {end, '.'};
+  CHECK(w.record(R"({"prompt": "ask:", "response": "yes"})") == "[ask:|yes]");
   w.config.eos_token_ids.clear();
   CHECK(w.record(R"({"prompt": "ask:", "response": "yes"})") == "[ask:|yes");
+}
+
+TEST_CASE("a token that the model has no embedding of is refused where it is read") {
+  workplace w;
+  w.config.vocab_size = end;
+  w.config.eos_token_ids.clear();
+  w.prefix = 1;
+  CHECK(w.record(R"({"prompt": "ask:", "response": "yes"})") == "[ask:|yes");
+  w.config.vocab_size = ab;
+  const std::string records = R"({"prompt": "x", "response": "y"})"
+                              "\n"
+                              R"({"prompt": "xab", "response": "y"})";
+  CHECK(w.refused(errc::invalid_argument, records, {"line 1", "token 261", "vocab_size = 256"}));
+  CHECK(w.refused(errc::invalid_argument, "xy", {"data.txt", "token 261"}, 9, "data.txt"));
+  w.prefix = 0;
+  CHECK(w.refused(errc::invalid_argument, records, {"line 2", "token 256", "vocab_size = 256"}));
+  CHECK(w.refused(errc::invalid_argument, "xaby", {"data.txt", "token 256"}, 9, "data.txt"));
 }
 
 TEST_CASE("instructions are put into the prompt of Alpaca") {
