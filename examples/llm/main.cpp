@@ -182,6 +182,9 @@ void add_merge(CLI::App& command, merge_options& o) {
       ->allow_extra_args(false);
   command.add_flag("--skip-missing", o.skip_missing,
                    "leave out columns of the adapters that are not weak in the model");
+  command.add_flag("--other-base", o.other_base,
+                   "add adapters that were made of another model, as of one that the weak columns "
+                   "were taken from");
   add_json(command, o.json);
 }
 

@@ -238,7 +238,9 @@ class merger {
     const fs::path model = o_.model;
     const std::string merged = copy_model(model, source_.weights().reader(), out.partial(), after_);
     json config = io::load_json(model / "config.json");
-    config["qeft_adapters"] = provenance();
+    json& all = config["qeft_adapters"];  // a model may be quantised after a merge
+    if (!all.is_array()) all = json::array();
+    for (json& added : provenance()) all.push_back(std::move(added));
     io::write_text_file(out.partial() / "config.json", io::dump_json(config, 2) + "\n");
     write_before(out.partial(), before_, base, model / "config.json");
     out.commit();
@@ -260,7 +262,7 @@ class merger {
     for (const double w : o_.weights) {
       if (!std::isfinite(w)) refuse(qeft::text("--weight is ", w, ", but must be finite"));
     }
-    if (fs::exists(fs::path(o_.model) / before_file)) {
+    if (is_merged(o_.model)) {
       refuse("--model " + o_.model +
              " is merged already, but must be its base (see unmerge); "
              "several adapters are merged at once");
@@ -276,12 +278,20 @@ class merger {
          "merge: " + path + " is for " + theirs + ", but " + o_.model + " is " + ours);
   }
 
-  void notice_base(const std::string& path, const std::string& made_of,
-                   const std::string& base) const {
+  /// @param made_of the fingerprint that the model must have; empty when it is not known
+  void check_base(const std::string& path, const std::string& made_of, const std::string& base) {
     if (made_of == base) return;
-    std::fprintf(stderr, "notice: %s was made of %s, but %s is %s; it is added all the same\n",
-                 path.c_str(), made_of.empty() ? "a model it does not name" : made_of.c_str(),
-                 o_.model.c_str(), base.c_str());
+    const std::string what = path + " was made of " +
+                             (made_of.empty() ? "a model that it does not name" : made_of) +
+                             ", but " + o_.model + " is " + base;
+    if (!made_of.empty() && !o_.other_base) {
+      fail(errc::invalid_argument,
+           "merge: " + what + "; --other-base adds an adapter of another model");
+    }
+    // What is known to be of another model outweighs what is not known.
+    if (!made_of.empty()) same_base_ = false;
+    if (made_of.empty() && same_base_ == true) same_base_.reset();
+    std::fprintf(stderr, "notice: %s; it is added all the same\n", what.c_str());
   }
 
   /// Reads an adapter and checks whether it fits the model.
@@ -308,7 +318,7 @@ class merger {
                         " has no linear of that name and shape"));
       }
     }
-    notice_base(path, config_.quantization ? a.base : a.full_precision, base);
+    check_base(path, config_.quantization ? a.base : a.full_precision, base);
     bases_.push_back(a.base);
     low_rank_.emplace_back();
     adapters_.push_back(std::move(a));
@@ -330,7 +340,7 @@ class merger {
                                        o_.model + " is " + base +
                                        "; an adapter of QA-LoRA fits no other model");
     }
-    if (!a.groupwise) notice_base(path, a.base, base);
+    if (!a.groupwise) check_base(path, a.base, base);
     std::map<std::string, linear_shape> targets;
     for (index_t l = 0; l < config_.num_hidden_layers; ++l) {
       for (const linear_kind kind : all_linears) {
@@ -513,6 +523,7 @@ class merger {
   void print_json(const std::string& fingerprint) const {
     nlohmann::ordered_json result = {
         {"out", o_.out}, {"fingerprint", fingerprint}, {"adapters", provenance()}};
+    result["same_base"] = same_base_ ? json(*same_base_) : json();
     index_t columns = 0;
     index_t missing = 0;
     nlohmann::ordered_json layers = nlohmann::ordered_json::array();
@@ -534,6 +545,7 @@ class merger {
   std::vector<io::adapter> adapters_;
   std::vector<std::optional<lora_adapter>> low_rank_;  // beside adapters_: the one or the other
   std::vector<std::string> bases_;
+  std::optional<bool> same_base_ = true;  // of all adapters; nothing when one does not name it
   std::vector<layer_report> layers_;
   column_sets before_;
   column_sets after_;
@@ -579,6 +591,8 @@ lora_adapter make_lora_adapter(const model_source& base, const std::vector<param
           lora_linears(parameters)};
 }
 
+bool is_merged(const fs::path& model) { return fs::exists(model / before_file); }
+
 int run_merge(const merge_options& options) {
   merger(options).run();
   return 0;
@@ -586,7 +600,7 @@ int run_merge(const merge_options& options) {
 
 int run_unmerge(const unmerge_options& options) {
   const fs::path model = options.model;
-  if (!fs::exists(model / before_file)) {
+  if (!is_merged(model)) {
     fail(errc::invalid_argument, "unmerge: --model " + options.model + " has no " + before_file +
                                      ": merge did not write it");
   }

@@ -2,6 +2,7 @@
 // Adapters of a model, and the commands `qeft-llm merge` and `qeft-llm unmerge` (METHOD section 7).
 #pragma once
 
+#include <filesystem>
 #include <functional>
 #include <string>
 #include <vector>
@@ -25,12 +26,16 @@ qeft::io::adapter make_adapter(const model_source& base,
 lora_adapter make_lora_adapter(const model_source& base, const std::vector<parameter>& parameters,
                                qeft::index_t rank, double alpha);
 
+/// Whether `merge` wrote this model. @param model its directory
+bool is_merged(const std::filesystem::path& model);
+
 struct merge_options {
   std::string model;  // directory to read: a QEFT checkpoint, or a full-precision model
   std::string out;    // directory to write
   std::vector<std::string> adapters;  // files
   std::vector<double> weights;        // one per adapter; empty: all 1
   bool skip_missing = false;          // leave out columns that are not weak in the model
+  bool other_base = false;            // add adapters that were made of another model
   bool json = false;                  // describe the result on stdout
 };
 
@@ -39,12 +44,15 @@ struct merge_options {
 /// columns, in a full-precision model the columns of the same number. With one adapter of weight 1
 /// and the checkpoint that it was made from, w are the tuned columns bit for bit.
 ///
-/// Everything else is copied byte for byte. config.json gains `qeft_adapters`: file, weight and
-/// base of each. before_merge.qeft holds what `unmerge` needs: the changed columns as they were.
-/// They are half as large as an adapter, and subtracting in 16 bits need not give them back.
+/// Everything else is copied byte for byte. The list `qeft_adapters` of config.json gains file,
+/// weight and base of each. before_merge.qeft holds what `unmerge` needs: the changed columns as
+/// they were. They are half as large as an adapter, and subtracting in 16 bits need not give them
+/// back.
 ///
-/// An adapter of another base is added with a notice on stderr; of another architecture or shape it
-/// is refused, and so is a model that is merged already. Columns that are not weak in the model are
+/// An adapter of another base is an error unless other_base is set: its base must be the model, or
+/// the model must be what its base was quantised from. Where the adapter does not name that, a
+/// notice on stderr says so. Of another architecture or shape it is refused, and so is a model that
+/// is merged already. Columns that are not weak in the model are
 /// an error unless skip_missing is set; then each layer's number is said on stderr.
 ///
 /// Adapters may also be those of LoRA, for a full-precision model: then delta is alpha / r * B A
@@ -53,8 +61,9 @@ struct merge_options {
 /// Merging holds the changed columns in memory, here all, and before_merge.qeft is as large as
 /// they are.
 ///
-/// With json, stdout is one object: out, fingerprint (of the result), adapters, columns and missing
-/// (numbers, over all adapters), and layers, a list of name, columns and missing.
+/// With json, stdout is one object: out, fingerprint (of the result), adapters, same_base (whether
+/// all were made of this model, null where that is not known of one), columns and missing (numbers,
+/// over all adapters), and layers, a list of name, columns and missing.
 /// @return the exit status of the command
 /// @throws qeft::error; then nothing is left at `out`
 int run_merge(const merge_options& options);

@@ -318,7 +318,9 @@ TEST_CASE("several adapters with weights are one sum in double, rounded once") {
     tensor_map expected = other.tensors;
     w.add_dense("base", w.model, first, 0.3, expected);
     w.add_dense("base", w.model, second, -0.7, expected);
-    REQUIRE(run_merge(w.merge("other", {"first", "second"}, {0.3, -0.7})) == 0);
+    merge_options o = w.merge("other", {"first", "second"}, {0.3, -0.7});
+    o.other_base = true;
+    REQUIRE(run_merge(o) == 0);
     check_dense(w.dir / "out", other, expected, type, type == dtype::f16 ? 0x1p-11 : 0x1p-23);
     w.unmerge("out", "undone");
     CHECK(contents(w.dir / "undone") == contents(w.dir / "other"));
@@ -360,7 +362,12 @@ TEST_CASE("an adapter fits another model that was quantised with the same column
   w.quantize(o, "target");
   const weak_values tuned = w.tune("base", 5);
   w.write_adapter("base", tuned, "adapter");
-  REQUIRE(run_merge(w.merge("target", {"adapter"})) == 0);
+  merge_options m = w.merge("target", {"adapter"});
+  CHECK(throws_with(errc::invalid_argument, {"adapter was made of ", "--other-base"},
+                    [&] { run_merge(m); }));
+  CHECK_FALSE(fs::exists(m.out));
+  m.other_base = true;
+  REQUIRE(run_merge(m) == 0);
 
   // Its rows are in another order: they are told by the other model's weights.
   tensor_map expected = other.tensors;
@@ -425,6 +432,7 @@ TEST_CASE("columns that are not weak in the model are counted, and left out only
   const weak_values tuned = w.tune("base", 5);
   w.write_adapter("base", tuned, "adapter");
   merge_options o = w.merge("fewer", {"adapter"});
+  o.other_base = true;
   CHECK(throws_with(errc::invalid_argument,
                     {"42 of 112 columns are not weak", "model.layers.0.self_attn.q_proj: 3 of 8",
                      "model.layers.1.mlp.down_proj: 3 of 8", "--skip-missing"},
@@ -457,6 +465,7 @@ TEST_CASE("columns that are not weak in the model are counted, and left out only
   none.order = column_order::natural;
   w.quantize(none, "none");
   o = w.merge("none", {"adapter"});
+  o.other_base = true;
   o.skip_missing = true;
   o.out = (w.dir / "out2").string();
   CHECK(throws_with(errc::invalid_argument, {"change no column"}, [&] { run_merge(o); }));
@@ -477,6 +486,46 @@ TEST_CASE("the adapter names the models it was made of") {
   const model_source full(w.dir / "model");
   CHECK(throws_with(errc::invalid_argument, {"no weak column"},
                     [&] { make_adapter(full, nothing); }));
+}
+
+TEST_CASE("an adapter of another base is an error unless it is asked for") {
+  workplace w;
+  w.quantize(w.rtn(), "base");
+  w.write_adapter("base", w.tune("base", 5), "adapter");
+  write_small_model(w.dir / "other", llama, 2);
+  const std::string other = io::weights_fingerprint(io::safetensors_reader(w.dir / "other"));
+  io::adapter a = io::read_adapter(w.dir / "adapter");
+  const merge_options o = w.merge("other", {"adapter"});
+  CHECK(throws_with(errc::invalid_argument,
+                    {"adapter was made of ", a.full_precision.c_str(), "other is ", other.c_str(),
+                     "--other-base"},
+                    [&] { run_merge(o); }));
+  CHECK_FALSE(fs::exists(o.out));
+  // Where it is not known of what, there is nothing to refuse.
+  a.full_precision.clear();
+  io::write_adapter(w.dir / "unnamed", a);
+  CHECK(run_merge(w.merge("other", {"unnamed"})) == 0);
+  fs::remove_all(o.out);
+  merge_options both = w.merge("other", {"unnamed", "adapter"});
+  CHECK(throws_with(errc::invalid_argument, {"adapter was made of "}, [&] { run_merge(both); }));
+}
+
+TEST_CASE("a model that was quantised behind a merge names the adapters of both merges") {
+  workplace w;
+  w.quantize(w.rtn(), "base");
+  w.write_adapter("base", w.tune("base", 5), "first");
+  REQUIRE(run_merge(w.merge("model", {"first"})) == 0);
+  w.quantize(w.rtn("out"), "again");
+  fs::remove_all(w.dir / "out");
+  w.write_adapter("again", w.tune("again", 6), "second");
+  REQUIRE(run_merge(w.merge("again", {"second"}, {0.5})) == 0);
+  const json all = json::parse(read_all(w.dir / "out/config.json")).at("qeft_adapters");
+  REQUIRE(all.size() == 2);
+  CHECK(all[0].at("file") == "first");
+  CHECK(all[1].at("file") == "second");
+  CHECK(all[1].at("weight") == 0.5);
+  w.unmerge("out", "undone");
+  CHECK(contents(w.dir / "undone") == contents(w.dir / "again"));
 }
 
 TEST_CASE("what does not fit is refused by name, and nothing is left") {
@@ -567,10 +616,11 @@ TEST_CASE("unmerge gives the base or an error") {
 
   // Columns that are not there, of tensors that are not there.
   const io::safetensors_file kept(w.dir / "out/before_merge.qeft");
+  const std::string base = kept.metadata().at("base");
   const auto rewritten = [&](const std::string& changed, const std::string& name, dtype type,
                              const std::vector<index_t>& shape) {
     io::safetensors_writer writer(std::map<std::string, std::string>{
-        {"format", "qeft.before_merge"}, {"format_version", "1"}, {"base", "0"}});
+        {"format", "qeft.before_merge"}, {"format_version", "1"}, {"base", base}});
     for (const auto& [tensor, t] : kept.tensors()) {
       if (tensor != changed) {
         writer.add(tensor, t.type, t.shape, t.data);
@@ -597,8 +647,11 @@ TEST_CASE("unmerge gives the base or an error") {
   CHECK(refused("damaged", errc::corrupt_file, {"'other' is missing"}));
   rewritten(up + ".columns", up + ".columns", dtype::i32, {8});
   CHECK(refused("damaged", errc::corrupt_file, {"up_proj.weak.columns", "holds 2139062143"}));
+  // The weights are restored, and then there is no config.json to go with them.
+  fs::remove_all(w.dir / "damaged");
+  fs::copy(w.dir / "out", w.dir / "damaged");
   rewritten("config.json", "config", dtype::u8, {8});
-  CHECK(refused("damaged", errc::corrupt_file, {}));
+  CHECK(refused("damaged", errc::corrupt_file, {"before_merge.qeft", "'config.json' is missing"}));
 }
 
 namespace {
@@ -644,6 +697,7 @@ TEST_CASE("the commands say what they did") {
   CHECK(said.at("fingerprint") == io::weights_fingerprint(io::safetensors_reader(w.dir / "out")));
   CHECK(said.at("columns") == 2 * 14 * 8);
   CHECK(said.at("missing") == 0);
+  CHECK(said.at("same_base") == true);
   CHECK(said.at("layers").size() == 14);
   const std::string base = io::read_adapter(w.dir / "first").base;
   const json adapters = {{{"file", "first"}, {"weight", 0.5}, {"base", base}},
@@ -658,13 +712,17 @@ TEST_CASE("the commands say what they did") {
   CHECK(contents(w.dir / "undone") == contents(w.dir / "base"));
 
   const std::string common = "merge --adapter " + at("first") + " --model ";
-  const outcome missing = run(common + at("fewer") + " --out " + at("out2"));
+  const outcome refused = run(common + at("fewer") + " --out " + at("out2"));
+  CHECK(refused.status == 1);
+  CHECK(mentions(refused.text, {"was made of", base.c_str(), "--other-base"}));
+  const std::string onto_fewer = common + at("fewer") + " --other-base --out " + at("out2");
+  const outcome missing = run(onto_fewer);
   CHECK(missing.status == 1);
   CHECK(mentions(missing.text, {"was made of", "42 of 112 columns are not weak"}));
-  const outcome skipped = run(common + at("fewer") + " --skip-missing --out " + at("out2"));
+  const outcome skipped = run(onto_fewer + " --skip-missing --json");
   CHECK(skipped.status == 0);
   CHECK(mentions(skipped.text, {base.c_str(), "it is added all the same", "left out: 42 of 112",
-                                "model.layers.1.self_attn.o_proj: 3 of 8"}));
+                                "model.layers.1.self_attn.o_proj: 3 of 8", "\"same_base\":false"}));
   CHECK(run(common + at("model") + " --out " + at("out3")).text.empty());
   CHECK(run("merge --model " + at("base") + " --out " + at("out4")).status != 0);
 }
