@@ -12,11 +12,11 @@
 
 #include "llama.hpp"
 #include "merge.hpp"
-#include "progress.hpp"
 #include "qeft/core/version.hpp"
 #include "qeft/io/adapter.hpp"
 #include "qeft/io/atomic_directory.hpp"
 #include "trainer.hpp"
+#include "training_run.hpp"
 #include "tuned_model.hpp"
 
 namespace qeft_llm {
@@ -123,55 +123,6 @@ std::string tokens_of(const std::vector<training_sample>& samples) {
   return text(samples.size(), " samples, ", io::to_hex(hash.finish()));
 }
 
-/// Lines of JSON, to stdout and to a file.
-class step_log {
- public:
-  /// @param file  empty for none
-  /// @param steps lines of an earlier run up to this step stay in the file; without a step, none
-  step_log(const std::string& file, bool to_stdout, std::optional<index_t> steps)
-      : name_(file), to_stdout_(to_stdout) {
-    if (file.empty()) return;
-    io::write_text_file(file, steps ? earlier_lines(*steps) : std::string());
-    file_.reset(std::fopen(file.c_str(), "ab"));
-    if (!file_) io::fail_io("cannot write", name_);
-  }
-
-  void add(const ordered_json& line) {
-    const std::string text = line.dump() + "\n";
-    if (to_stdout_) {
-      std::fputs(text.c_str(), stdout);
-      std::fflush(stdout);
-    }
-    if (!file_) return;
-    if (std::fputs(text.c_str(), file_.get()) < 0 || std::fflush(file_.get()) != 0) {
-      io::fail_io("cannot write", name_);
-    }
-  }
-
- private:
-  std::string earlier_lines(index_t steps) const {
-    std::error_code unknown;  // then opening says why
-    if (!fs::exists(name_, unknown)) return {};
-    const io::mapped_file mapped(name_);
-    std::string_view rest(reinterpret_cast<const char*>(mapped.bytes().data()),
-                          static_cast<std::size_t>(mapped.bytes().size()));
-    std::string kept;
-    for (std::size_t end; (end = rest.find('\n')) != std::string_view::npos;) {
-      const std::string_view line = rest.substr(0, end + 1);
-      const json found = json::parse(line, nullptr, /*allow_exceptions=*/false);
-      const bool good = found.is_object() && found.value("step", json()).is_number_integer();
-      if (!good || found.at("step").get<index_t>() > steps) break;
-      kept += line;
-      rest.remove_prefix(end + 1);
-    }
-    return kept;
-  }
-
-  std::string name_;
-  bool to_stdout_;
-  std::unique_ptr<std::FILE, int (*)(std::FILE*)> file_{nullptr, &std::fclose};
-};
-
 class finetuning {
  public:
   explicit finetuning(const finetune_options& options)
@@ -185,8 +136,6 @@ class finetuning {
     const trainer_options how = training();
     io::atomic_directory out(o_.out, io::leftovers::reuse);
     out.keep(out.resumed());  // an error does not cost what a kill left
-    const fs::path checkpoint = out.partial() / "checkpoint.safetensors";
-    const json setting = describe(how);
     tuned model(exec_, source_, o_);
     std::fprintf(stderr,
                  "method %s: %lld parameters; per token, the linears keep %lld bytes for backward; "
@@ -195,23 +144,7 @@ class finetuning {
                  static_cast<long long>(model.saved_bytes_per_token()),
                  static_cast<long long>(model.optimiser_bytes()));
     trainer train(exec_, model, how, samples_, validation_);
-    const bool going_on = fs::exists(checkpoint);
-    if (going_on) {
-      train.load(checkpoint, setting);
-      std::fprintf(stderr, "going on with what an interrupted run left: %lld of %lld steps\n",
-                   static_cast<long long>(train.step()), static_cast<long long>(how.steps));
-    }
-    step_log log(o_.log, o_.json, going_on ? std::optional(train.step()) : std::nullopt);
-    const auto save = [&] {
-      train.save(checkpoint, setting);
-      out.keep();
-    };
-    try {
-      step_through(train, log, save);
-    } catch (const qeft::error& e) {
-      if (e.code() == errc::not_finite) out.keep(false);  // it would only come to this again
-      throw;
-    }
+    run_training(train, out, describe(how), {o_.log, o_.json, o_.checkpoint_every, o_.after_step});
     train.take_best();
     write(model);
     out.keep(false);
@@ -289,39 +222,6 @@ class finetuning {
     all["--rank"] = o_.rank;
     all["--alpha"] = o_.alpha;
     return all;
-  }
-
-  template <class Save>
-  void step_through(trainer& train, step_log& log, const Save& save) {
-    const index_t steps = training().steps;
-    progress bar("training", steps - train.step());
-    std::string validation;
-    const auto measured = [&](double loss) {
-      validation = text(", validation ", loss, ", best ", train.best()->loss);
-    };
-    if (const auto loss = train.measure_start()) {
-      measured(*loss);
-      log.add({{"step", 0}, {"validation_loss", *loss}});
-    }
-    while (!train.done()) {
-      const step_report r = train.advance();
-      const double speed = static_cast<double>(r.tokens) / r.seconds;
-      if (r.validation_loss) measured(*r.validation_loss);
-      char note[80];
-      std::snprintf(note, sizeof note, "loss %.4f, %.0f tokens/s", r.loss, speed);
-      ordered_json line = {{"step", r.step},
-                           {"loss", r.loss},
-                           {"rate", r.rate},
-                           {"gradient_norm", r.gradient_norm},
-                           {"tokens_per_second", speed}};
-      if (r.validation_loss) line["validation_loss"] = *r.validation_loss;
-      log.add(line);
-      const bool due =
-          o_.checkpoint_every > 0 && (train.done() || train.step() % o_.checkpoint_every == 0);
-      if (due) save();
-      bar.advance(1, note + validation);
-      if (o_.after_step) o_.after_step(train.step());
-    }
   }
 
   void write(const trainable& model) const {

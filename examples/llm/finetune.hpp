@@ -52,11 +52,10 @@ struct finetune_options {
 /// A run that was killed left its state in OUT.unfinished.partial: the same command goes on from
 /// there, to the same bytes. Whatever decides the result must be as it was.
 ///
-/// Objects of the log: step, loss, rate, gradient_norm, tokens_per_second and, where it was
-/// measured, validation_loss; one of step 0 has the validation loss before training alone. The
-/// object of the result: out, method, steps, samples, validation_samples, parameters (a number),
-/// saved_bytes_per_token (what all linears keep for backward), optimiser_bytes (AdamW's moments),
-/// and start_loss, best_loss and best_step, which are null without validation.
+/// The objects of the log are those of run_training. The object of the result: out, method, steps,
+/// samples, validation_samples, parameters (a number), saved_bytes_per_token (what all linears keep
+/// for backward), optimiser_bytes (AdamW's moments), and start_loss, best_loss and best_step, which
+/// are null without validation.
 /// @return the exit status of the command
 /// @throws qeft::error; then nothing is at `out`
 int run_finetune(const finetune_options& options);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -78,8 +79,15 @@ float widened(std::uint16_t bits, qeft::scalar_kind scalar) {
                                            : qeft::to_float(qeft::bf16_bits{bits});
 }
 
+std::uint16_t narrowed(float value, qeft::scalar_kind scalar) {
+  return scalar == qeft::scalar_kind::half ? qeft::from_float<qeft::half_bits>(value).bits
+                                           : qeft::from_float<qeft::bf16_bits>(value).bits;
+}
+
 // Rows whose weak columns are worth another thread.
 constexpr index_t weak_grain = 256;
+// Tokens whose sums over groups are.
+constexpr index_t sum_grain = 16;
 
 }  // namespace
 
@@ -211,11 +219,7 @@ std::vector<float> linear::read_weak() const {
 
 void linear::write_weak(const qeft::on_host& exec, const float* values) {
   const index_t k = descriptor().weak_columns;
-  const auto stored = [&](index_t i) {
-    return descriptor().scalar == qeft::scalar_kind::half
-               ? qeft::from_float<qeft::half_bits>(values[i]).bits
-               : qeft::from_float<qeft::bf16_bits>(values[i]).bits;
-  };
+  const auto stored = [&](index_t i) { return narrowed(values[i], descriptor().scalar); };
   for (index_t i = 0; i < out_channels() * k; ++i) {
     if (std::isfinite(widened(stored(i), descriptor().scalar))) continue;
     fail(errc::not_finite, "row " + std::to_string(i / k) + " of weak column " +
@@ -226,6 +230,69 @@ void linear::write_weak(const qeft::on_host& exec, const float* values) {
   exec.parallel_for(out_channels(), weak_grain, [&](index_t begin, index_t end) {
     for (index_t n = begin; n < end; ++n) {
       for (index_t j = 0; j < k; ++j) weight_.write_weak(n, j, stored(n * k + j));
+    }
+  });
+}
+
+void linear::add_scale_gradient(const qeft::on_host& exec, const float* dy, const float* x,
+                                index_t tokens, float* dscales) const {
+  qeft::scale_gradient(exec, weight_, dy, x, tokens, dscales, true).throw_if_error();
+}
+
+void linear::sum_groups(const qeft::on_host& exec, const float* x, index_t tokens,
+                        float* sums) const {
+  const qeft::matrix_descriptor& d = descriptor();
+  qeft::visit_weak(d, weight_.weak_index().data(), [&](const auto& weak) {
+    exec.parallel_for(tokens, sum_grain, [&](index_t t, index_t end) {
+      for (; t < end; ++t) {
+        float* of_token = sums + t * d.groups();
+        std::fill_n(of_token, d.groups(), 0.0F);
+        for (index_t i = 0; i < d.dense_columns(); ++i) {
+          of_token[i / d.columns_per_group()] +=
+              x[t * d.in_channels + weak.dense_column(i, d.in_channels)];
+        }
+      }
+    });
+  });
+}
+
+group_values linear::read_groups() const {
+  const index_t groups = descriptor().groups();
+  const bool scaled = descriptor().zero == qeft::zero_kind::scaled;
+  group_values values;
+  for (index_t n = 0; n < out_channels(); ++n) {
+    for (index_t g = 0; g < groups; ++g) {
+      const qeft::stored_params p = weight_.read_params(n, g);
+      values.scales.push_back(widened(p.scale_bits, descriptor().scalar));
+      if (!scaled) continue;
+      values.zeros.push_back(widened(static_cast<std::uint16_t>(p.zero), descriptor().scalar));
+    }
+  }
+  return values;
+}
+
+void linear::write_groups(const qeft::on_host& exec, const group_values& values) {
+  const index_t groups = descriptor().groups();
+  const qeft::scalar_kind scalar = descriptor().scalar;
+  const auto check = [&](const char* what, const std::vector<float>& all, float largest) {
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      if (std::abs(widened(narrowed(all[i], scalar), scalar)) <= largest) continue;  // false of NaN
+      const auto at = static_cast<index_t>(i);
+      fail(errc::not_finite, qeft::text("row ", at / groups, ", group ", at % groups, ": the ",
+                                        what, " is ", all[i], ", but must be a number of ",
+                                        qeft::to_string(scalar), " of at most ", largest));
+    }
+  };
+  check("scale", values.scales, std::ldexp(1.0F, 119));
+  check("zero point", values.zeros, std::numeric_limits<float>::max());
+  exec.parallel_for(out_channels(), weak_grain, [&](index_t begin, index_t end) {
+    for (index_t n = begin; n < end; ++n) {
+      for (index_t g = 0; g < groups; ++g) {
+        const auto i = static_cast<std::size_t>(n * groups + g);
+        const unsigned zero = values.zeros.empty() ? weight_.read_params(n, g).zero
+                                                   : narrowed(values.zeros[i], scalar);
+        weight_.write_params(n, g, narrowed(values.scales[i], scalar), zero);
+      }
     }
   });
 }

@@ -39,6 +39,12 @@ std::vector<float> values_of(const packed_matrix& weight);
 /// The arithmetic of quantised columns: FP32, or 8-bit activations (qeft::cpu::int8).
 enum class activation_type { exact, int8 };
 
+/// What the codes of groups are turned into weights with, (OC, groups) each.
+struct group_values {
+  std::vector<float> scales;
+  std::vector<float> zeros;  // where they are scaled, else empty
+};
+
 class linear {
  public:
   linear() = default;
@@ -74,6 +80,21 @@ class linear {
   /// @throws qeft::error errc::not_finite, writing nothing, for a value that is not finite or not
   /// in 16 bits
   void write_weak(const qeft::on_host& exec, const float* values);
+
+  /// dscales += the gradient of the scales, (OC, groups): see qeft::scale_gradient.
+  /// @param dy (tokens, OC) @param x (tokens, IC)
+  void add_scale_gradient(const qeft::on_host& exec, const float* dy, const float* x,
+                          qeft::index_t tokens, float* dscales) const;
+  /// sums[t, g] = the sum of x[t, i] over the dense columns i of group g: what scaled zero points
+  /// are multiplied with. @param x (tokens, IC) @param sums (tokens, groups)
+  void sum_groups(const qeft::on_host& exec, const float* x, qeft::index_t tokens,
+                  float* sums) const;
+
+  group_values read_groups() const;
+  /// Replaces them, rounded to the weight's 16-bit type; other kinds of zero points stay.
+  /// @throws qeft::error errc::not_finite, writing nothing, for a value that is not finite or not
+  /// in 16 bits, or a scale above 2^119, which is more than a checkpoint may hold
+  void write_groups(const qeft::on_host& exec, const group_values& values);
 
   /// Row n of a full-precision weight, (IC): the embedding of token n. An embedding and a tied head
   /// are one linear.

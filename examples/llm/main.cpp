@@ -16,6 +16,7 @@
 
 #include "commands.hpp"
 #include "finetune.hpp"
+#include "heal.hpp"
 #include "merge.hpp"
 #include "preset.hpp"
 #include "qeft/core/status.hpp"
@@ -259,6 +260,50 @@ void add_finetune(CLI::App& command, finetune_options& o, std::string& device) {
   command.add_flag("--json", o.json, "a JSON object per step, and one for the result, on stdout");
 }
 
+void add_heal(CLI::App& command, heal_options& o, std::string& device) {
+  add_common(command, o.model, o.threads, device);
+  command.add_option("--reference", o.reference, "full-precision model that --model was made from")
+      ->required();
+  command.add_option("--text", o.text, "text file; never one to be measured on")->required();
+  command.add_option("--out", o.out, "directory to write")->required();
+  command.add_option("--train", o.train, "which numbers are tuned")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->take_all()
+      ->default_str("weak,scales,norms");
+  command.add_option("--steps", o.steps, "of the optimiser")->capture_default_str();
+  command.add_option("--batch", o.batch, "samples per step")->capture_default_str();
+  command.add_option("--seq-len", o.seq_len, "tokens of a sample")->capture_default_str();
+  command.add_option("--lr", o.rate, "learning rate of the weak columns")->capture_default_str();
+  command.add_option("--scale-lr", o.scale_rate, "of the scales, relative to their size")
+      ->capture_default_str();
+  command.add_option("--norm-lr", o.norm_rate, "of the norms")->capture_default_str();
+  command
+      .add_option("--warmup", o.warmup,
+                  "steps in which the learning rates rise, at most a quarter of --steps; behind "
+                  "them they fall to 0 as a cosine")
+      ->capture_default_str();
+  command.add_option("--clip", o.clip, "limit of the gradient's norm, 0 for none")
+      ->capture_default_str();
+  command
+      .add_option("--validation-windows", o.validation_windows,
+                  "windows of the text to choose and report by instead of training on them")
+      ->capture_default_str();
+  command
+      .add_option("--eval-every", o.eval_every,
+                  "steps between validations; 0 for one before and one after")
+      ->capture_default_str();
+  command
+      .add_option("--checkpoint-every", o.checkpoint_every,
+                  "steps between checkpoints, from which the same command goes on; 0 for none")
+      ->capture_default_str();
+  command.add_option("--seed", o.seed, "of the choice and order of samples")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command.add_option("--log", o.log, "file to write a JSON object per step to");
+  command.add_flag("--json", o.json, "a JSON object per step, and one for the result, on stdout");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -286,6 +331,11 @@ int main(int argc, char** argv) {
   finetune_options finetune;
   CLI::App* finetune_command = app.add_subcommand("finetune", "tune a model's weak columns");
   add_finetune(*finetune_command, finetune, device);
+
+  heal_options heal;
+  CLI::App* heal_command =
+      app.add_subcommand("heal", "tune a quantised model towards the one that it was made from");
+  add_heal(*heal_command, heal, device);
 
   generate_options generate;
   CLI::App* generate_command = app.add_subcommand("generate", "continue a prompt");
@@ -369,6 +419,7 @@ int main(int argc, char** argv) {
       result = run_quantize(quantize);
     }
     if (*finetune_command) result = run_finetune(finetune);
+    if (*heal_command) result = run_heal(heal);
     if (*generate_command) result = run_generate(generate);
     if (*perplexity_command) result = run_perplexity(perplexity);
     if (*inspect_command) result = run_inspect(inspected, inspect_json);

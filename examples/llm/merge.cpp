@@ -13,10 +13,11 @@
 #include <utility>
 
 #include "llama_graph.hpp"
+#include "model_copy.hpp"
+#include "model_match.hpp"
 #include "qeft/io/atomic_directory.hpp"
 #include "qeft/io/checkpoint.hpp"
 #include "qeft/io/json.hpp"
-#include "quantize_check.hpp"
 
 namespace qeft_llm {
 
@@ -32,13 +33,6 @@ namespace {
 constexpr const char* before_file = "before_merge.qeft";
 constexpr const char* before_kind = "qeft.before_merge";
 constexpr const char* before_version = "1";
-
-/// What must agree, beside shapes, for deltas of one model to mean anything in another.
-std::string architecture_of(const model_config& c) {
-  return qeft::text(c.model_type, ": ", c.num_hidden_layers, " layers of ", c.hidden_size, " and ",
-                    c.intermediate_size, " channels, ", c.num_attention_heads, " heads on ",
-                    c.num_key_value_heads, " of ", c.head_dim);
-}
 
 /// The order in which a model's files keep the original channels.
 qeft::reorder_plan plan_of(const model_source& source) {
@@ -91,79 +85,14 @@ std::vector<std::byte> with_columns(const io::tensor_view& t, const column_set& 
   return bytes;
 }
 
-/// Copies a file, with columns of some tensors replaced. Only these, and the checksum where there
-/// is one, are other bytes.
-void copy_changed(const io::safetensors_reader& reader, const io::safetensors_file& file,
-                  const fs::path& to, const column_sets& changes) {
-  struct part {
-    std::string name;
-    std::string type;
-    std::vector<index_t> shape;
-    qeft::span<const std::byte> data;
-  };
-  std::vector<part> parts;
-  index_t left = 0;
-  for (const auto& [name, t] : file.tensors()) {
-    parts.push_back({name, to_string(t.type), t.shape, t.data});
-  }
-  for (const auto& [name, t] : file.unreadable()) parts.push_back({name, t.type, t.shape, t.data});
-  for (const part& p : parts) left += p.data.size();
-  std::sort(parts.begin(), parts.end(),
-            [](const part& a, const part& b) { return a.data.end() < b.data.end(); });
-
-  const io::mapped_file source(file.where());
-  const qeft::span<const std::byte> header(source.bytes().data(), source.bytes().size() - left);
-  io::atomic_file out(to);
-  out.write(header);
-  std::uint64_t checksum = 0;
-  for (const part& p : parts) {
-    const auto change = changes.find(p.name);
-    // Another shard may hold a tensor of that name too, which nobody reads.
-    const bool is_changed =
-        change != changes.end() && reader.at(p.name).data.data() == p.data.data();
-    std::vector<std::byte> changed;
-    if (is_changed) changed = with_columns(reader.at(p.name), change->second);
-    const qeft::span<const std::byte> bytes = is_changed ? changed : p.data;
-    io::stream_hash hash;
-    hash.update(bytes);
-    out.write(bytes);
-    checksum += io::tensor_checksum(hash, p.name, p.type, p.shape);
-    io::forget_pages(p.data);
-  }
-  if (file.metadata().count(io::checksum_key) != 0) {
-    const std::string_view text(reinterpret_cast<const char*>(header.data()),
-                                static_cast<std::size_t>(header.size()));
-    const std::string mark = std::string(io::checksum_key) + "\":\"";
-    const std::size_t at = text.find(mark);
-    if (at == std::string_view::npos) {
-      io::fail_corrupt(file.where(), std::string(io::checksum_key) +
-                                         " must stand in the header as "
-                                         "qeft writes it");
-    }
-    out.overwrite(static_cast<long>(at + mark.size()), io::to_hex(checksum));
-  }
-  out.commit();
-}
-
 /// Copies all files of a model but config.json, with columns of some tensors replaced.
 /// @return the fingerprint of the copy
-std::string copy_model(const fs::path& model, const io::safetensors_reader& reader,
-                       const fs::path& to, const column_sets& changes) {
-  for (const io::safetensors_file& file : reader.files()) {
-    copy_changed(reader, file, to / fs::path(file.where()).filename(), changes);
-  }
-  if (!fs::exists(model / "model.safetensors")) {
-    const char* index = "model.safetensors.index.json";
-    io::copy_file(model / index, to / index);
-  }
-  for (const fs::path& file : side_files(model)) {
-    const fs::path copy = to / file.lexically_relative(model);
-    fs::create_directories(copy.parent_path());
-    io::copy_file(file, copy);
-  }
-  const io::safetensors_reader written(to);
-  written.verify_checksum();
-  return io::weights_fingerprint(written);
+std::string copy_with(const column_sets& sets, const fs::path& model,
+                      const io::safetensors_reader& reader, const fs::path& to) {
+  return copy_model(model, reader, to, [&](const io::tensor_view& t) {
+    const auto set = sets.find(t.name);
+    return set == sets.end() ? std::nullopt : std::optional(with_columns(t, set->second));
+  });
 }
 
 /// Keeps what `unmerge` needs beside a merged model.
@@ -236,7 +165,7 @@ class merger {
     }
     report_missing();
     const fs::path model = o_.model;
-    const std::string merged = copy_model(model, source_.weights().reader(), out.partial(), after_);
+    const std::string merged = copy_with(after_, model, source_.weights().reader(), out.partial());
     json config = io::load_json(model / "config.json");
     json& all = config["qeft_adapters"];  // a model may be quantised after a merge
     if (!all.is_array()) all = json::array();
@@ -618,7 +547,7 @@ int run_unmerge(const unmerge_options& options) {
   if (!kept.verify_checksum()) io::fail_corrupt(kept.where(), "has no checksum");
   io::atomic_directory out(options.out);
   const io::safetensors_reader merged(model);
-  const std::string found = copy_model(model, merged, out.partial(), read_before(kept, merged));
+  const std::string found = copy_with(read_before(kept, merged), model, merged, out.partial());
   if (found != entry("base")) {
     io::fail_corrupt(options.model, "without the adapters the model is " + found + ", but was " +
                                         entry("base") + ": it changed since it was merged");

@@ -15,7 +15,8 @@ struct parameter {
   qeft::index_t rows;  // values are (rows, columns), row-major
   qeft::index_t columns;
   float* value;
-  float* gradient;  // summed since it was last cleared
+  float* gradient;         // summed since it was last cleared
+  double rate_factor = 1;  // what the learning rate is multiplied with here
 
   qeft::index_t size() const noexcept { return rows * columns; }
 };

@@ -13,6 +13,7 @@
 #include "divergence.hpp"
 #include "elementwise.hpp"
 #include "llama.hpp"
+#include "model_match.hpp"
 #include "progress.hpp"
 #include "text_windows.hpp"
 #include "tokenizer.hpp"
@@ -133,27 +134,6 @@ void check_seq_len(index_t seq_len, const std::string& which, const model_config
   }
 }
 
-/// Throws unless a token id means the same to both models.
-void check_same_vocabulary(const std::string& reference, const model_config& theirs,
-                           const model_config& ours, const tokenizer& tok) {
-  if (theirs.vocab_size != ours.vocab_size) {
-    fail(errc::invalid_argument, "perplexity: --reference " + reference + " has a vocabulary of " +
-                                     std::to_string(theirs.vocab_size) +
-                                     " tokens, but must have the model's " +
-                                     std::to_string(ours.vocab_size));
-  }
-  const tokenizer their_tok = tokenizer::from_file(reference + "/tokenizer.json");
-  const int tokens = std::max(tok.vocab_size(), their_tok.vocab_size());
-  for (int id = 0; id < tokens; ++id) {
-    if (tok.bytes_of(id) != their_tok.bytes_of(id) ||
-        tok.is_special(id) != their_tok.is_special(id)) {
-      fail(errc::invalid_argument, "perplexity: --reference " + reference +
-                                       " has another tokenizer than the model: token " +
-                                       std::to_string(id) + " differs");
-    }
-  }
-}
-
 }  // namespace
 
 int run_perplexity(const perplexity_options& o) {
@@ -169,7 +149,7 @@ int run_perplexity(const perplexity_options& o) {
   if (!o.reference.empty()) {
     const model_source full(o.reference);
     check_seq_len(o.seq_len, "the reference", full.config());
-    check_same_vocabulary(o.reference, full.config(), source.config(), tok);
+    check_same_vocabulary("perplexity", o.reference, full.config(), source.config(), tok);
     reference = std::make_unique<window_reader>(exec, full, activation_type::exact,
                                                 "--reference " + o.reference + ": ");
   }

@@ -256,8 +256,9 @@ step_report trainer::advance() {
     report.gradient_norm = qeft::global_norm(exec_, arrays);
     check_finite(report.gradient_norm, "the norm of the gradient");
     const auto scale = static_cast<float>(qeft::clip_factor(report.gradient_norm, options_.clip));
-    const auto adamw = qeft::make_adamw_step(options_.adamw, report.rate, step_);
     for (std::size_t l = 0; l < all.size(); ++l) {
+      const auto adamw =
+          qeft::make_adamw_step(options_.adamw, report.rate * all[l].rate_factor, step_);
       const qeft::span<const float> origin = options_.adamw.l2_sp > 0
                                                  ? qeft::span<const float>(initial_[l])
                                                  : qeft::span<const float>(values(all[l]));

@@ -74,6 +74,8 @@ class trainer {
   /// Steps done.
   qeft::index_t step() const noexcept { return step_; }
   bool done() const noexcept { return step_ == options_.steps; }
+  /// Steps in all.
+  qeft::index_t steps() const noexcept { return options_.steps; }
 
   /// Measures the model before training; nothing where it is measured already, or there are no
   /// validation samples. Called by advance().

@@ -68,6 +68,52 @@ class weak_tuning final : public tuned_linear {
   std::vector<float> gradient_;  // (OC, k)
 };
 
+/// Which of a layer's numbers are trained.
+struct trained_parts {
+  bool weak = true;
+  bool scales = true;
+};
+
+/// Trains the weak columns, the parameter NAME.weak of (OC, k), the scales, NAME.scales of
+/// (OC, groups), or both; codes and integer zero points stay. NAME.scales holds what the stored
+/// scales are multiplied with, 1 at first, so that its rate is relative and suits every layer.
+/// Where zero points are scaled, they are multiplied with it too: then a group's weights s q + z
+/// keep their ratios, as s (q - z) do. Forward multiplies with what a checkpoint would hold, in 16
+/// bits; all of x is kept.
+class scale_tuning final : public tuned_linear {
+ public:
+  /// @param bias (OC), or empty; not trained
+  scale_tuning(const qeft::on_host& exec, const packed_matrix& weight, std::vector<float> bias,
+               const trained_parts& parts = {});
+
+  /// The layer as it is after the last update.
+  const linear& base() const noexcept { return base_; }
+
+  qeft::index_t out_channels() const override { return base_.out_channels(); }
+  qeft::index_t in_channels() const override { return base_.in_channels(); }
+  qeft::index_t saved_channels() const override { return base_.in_channels(); }
+  void forward(const qeft::on_host& exec, const float* x, qeft::index_t tokens, float* y,
+               float* saved) const override;
+  void backward(const qeft::on_host& exec, const float* dy, const float* saved,
+                qeft::index_t tokens, float* dx) override;
+  void add_parameters(const std::string& name, std::vector<parameter>& to) override;
+  /// @throws qeft::error errc::not_finite for a value that is not, or that 16 bits do not hold
+  void update(const qeft::on_host& exec) override;
+
+ private:
+  void add_weak_gradient(const qeft::on_host& exec, const float* dy, const float* x,
+                         qeft::index_t tokens);
+  void add_factor_gradient(const qeft::on_host& exec, const float* dy, const float* x,
+                           qeft::index_t tokens);
+
+  linear base_;
+  group_values initial_;
+  std::vector<float> weak_;  // (OC, k); empty if it is not trained, and so below
+  std::vector<float> weak_gradient_;
+  std::vector<float> factor_;  // (OC, groups)
+  std::vector<float> factor_gradient_;
+};
+
 /// A layer without parameters.
 class frozen final : public tuned_linear {
  public:
