@@ -32,6 +32,9 @@ using qeft::fail;
 using qeft::index_t;
 using qeft::text;
 
+// By which the rates are chosen.
+constexpr std::size_t calibration_samples = 4;
+
 template <class Value>
 [[noreturn]] void refuse(const char* option, const Value& value, const std::string& rule) {
   fail(errc::invalid_argument, text("heal: ", option, " is ", value, ", but must be ", rule));
@@ -113,6 +116,8 @@ class healer {
     const trainer_options how = training();
     healed_model model(exec_, source_, full_, parts());
     source_.report_rounding();
+    const auto few = std::min(samples_.size(), calibration_samples);
+    model.calibrate({samples_.begin(), samples_.begin() + static_cast<std::ptrdiff_t>(few)});
     trainer train(exec_, model, how, samples_, validation_);
     run_training(train, out, setting(how), {o_.log, o_.json, o_.checkpoint_every, o_.after_step});
     train.take_best();

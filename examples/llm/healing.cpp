@@ -63,18 +63,105 @@ healed_model::healed_model(const qeft::on_host& exec, const model_source& source
   tuning_options options;
   options.norms = parts.norms;
   model_.emplace(exec, source.config(), reader_of(source), maker(), options);
-  parameters_ = model_->parameters();
-  for (parameter& p : parameters_) {
-    if (ends_with(p.name, ".weak")) continue;
+  for (parameter p : model_->parameters()) {
     if (ends_with(p.name, ".scales")) {
       p.rate_factor = parts.scale_rate;
+      parameters_.push_back(p);
       continue;
     }
-    p.rate_factor = parts.norm_rate;
-    const io::tensor_view& t = source.weights().view(p.name, {p.columns});
-    if (t.type == io::dtype::f32) continue;
-    fail(errc::unsupported, qeft::text("tensor ", p.name, " is ", to_string(t.type),
-                                       ", but a norm that is trained must be F32"));
+    const bool weak = ends_with(p.name, ".weak");
+    if (!weak) check_norm(p);
+    add_stepped(p, weak ? 1 : parts.norm_rate);
+    std::vector<float>& unit = stepped_.back().unit;
+    if (weak) {
+      std::fill(unit.begin(), unit.end(), 1.0F);
+    } else {
+      unit = stepped_.back().initial;
+    }
+  }
+}
+
+void healed_model::check_norm(const parameter& norm) const {
+  const io::tensor_view& t = source_.weights().view(norm.name, {norm.columns});
+  if (t.type == io::dtype::f32) return;
+  fail(errc::unsupported, qeft::text("tensor ", norm.name, " is ", to_string(t.type),
+                                     ", but a norm that is trained must be F32"));
+}
+
+void healed_model::add_stepped(const parameter& inner, double rate_factor) {
+  const auto size = static_cast<std::size_t>(inner.size());
+  stepped_.push_back({inner,
+                      {inner.value, inner.value + size},
+                      std::vector<float>(static_cast<std::size_t>(inner.columns)),
+                      std::vector<float>(size),
+                      std::vector<float>(size)});
+  parameter p = inner;
+  p.value = stepped_.back().step.data();
+  p.gradient = stepped_.back().gradient.data();
+  p.rate_factor = rate_factor;
+  parameters_.push_back(p);
+}
+
+void healed_model::clear_gradients() {
+  model_->clear_gradients();
+  find_gradients_of_steps();
+}
+
+void healed_model::find_gradients_of_steps() {
+  for (stepped& s : stepped_) {
+    for (std::size_t i = 0; i < s.step.size(); ++i) {
+      s.gradient[i] = s.inner.gradient[i] * s.unit[i % s.unit.size()];
+    }
+  }
+}
+
+void healed_model::update() {
+  for (const stepped& s : stepped_) {
+    for (std::size_t i = 0; i < s.step.size(); ++i) {
+      s.inner.value[i] = s.initial[i] + s.unit[i % s.unit.size()] * s.step[i];
+    }
+  }
+  model_->update();
+}
+
+void healed_model::calibrate(const std::vector<training_sample>& samples) {
+  std::vector<std::vector<double>> squares;  // of each parameter, by column
+  for (const parameter& p : parameters_) squares.emplace_back(static_cast<std::size_t>(p.columns));
+  double loss = 0;
+  double all = 0;
+  for (const training_sample& sample : samples) {
+    const auto counted = static_cast<double>(
+        std::count_if(sample.counted.begin(), sample.counted.end(), [](char c) { return c != 0; }));
+    clear_gradients();
+    loss += backward(sample, 1 / counted) / counted;
+    for (std::size_t l = 0; l < parameters_.size(); ++l) {
+      const parameter& p = parameters_[l];
+      for (index_t i = 0; i < p.size(); ++i) {
+        const auto g = static_cast<double>(p.gradient[i]);
+        squares[l][static_cast<std::size_t>(i % p.columns)] += g * g;
+      }
+    }
+  }
+  clear_gradients();
+  const auto count = static_cast<double>(samples.size());
+  for (const parameter& p : parameters_) all += static_cast<double>(p.size());
+  const auto inverse_root = [&](double sum, double of) {
+    return sum == 0 ? 0 : loss / count / all / std::sqrt(sum / of / count);
+  };
+  auto in_steps = stepped_.begin();
+  for (std::size_t l = 0; l < parameters_.size(); ++l) {
+    parameter& p = parameters_[l];
+    if (ends_with(p.name, ".weak")) {
+      for (std::size_t j = 0; j < squares[l].size(); ++j) {
+        in_steps->unit[j] =
+            static_cast<float>(inverse_root(squares[l][j], static_cast<double>(p.rows)));
+      }
+    } else {
+      double sum = 0;
+      for (const double s : squares[l]) sum += s;
+      p.rate_factor *= inverse_root(sum, static_cast<double>(p.size()));
+    }
+    if (!ends_with(p.name, ".scales")) ++in_steps;
   }
 }
 
@@ -93,7 +180,9 @@ linear_maker healed_model::maker() {
 }
 
 double healed_model::backward(const training_sample& sample, double factor) {
-  return model_->backward(sample, factor, loss_to_reference(sample));
+  const double total = model_->backward(sample, factor, loss_to_reference(sample));
+  find_gradients_of_steps();
+  return total;
 }
 
 double healed_model::loss(const training_sample& sample) {
@@ -128,15 +217,15 @@ logits_loss healed_model::loss_to_reference(const training_sample& sample) {
 }
 
 std::optional<std::vector<std::byte>> healed_model::stored(const io::tensor_view& t) const {
-  for (const parameter& p : parameters_) {
-    if (p.name != t.name || p.rows != 1) continue;
-    const std::vector<float> values(p.value, p.value + p.size());
-    const index_t bad = io::find_not_finite({p.value, p.size()});
+  for (const stepped& s : stepped_) {
+    const parameter& norm = s.inner;
+    if (norm.name != t.name || norm.rows != 1) continue;
+    const index_t bad = io::find_not_finite({norm.value, norm.size()});
     if (bad >= 0) {
-      fail(errc::not_finite, qeft::text("tensor ", t.name, ", element ", bad, " became ",
-                                        values[static_cast<std::size_t>(bad)]));
+      fail(errc::not_finite,
+           qeft::text("tensor ", t.name, ", element ", bad, " became ", norm.value[bad]));
     }
-    return stored_as(t.type, values);
+    return stored_as(t.type, {norm.value, norm.value + norm.size()});
   }
   const std::size_t dot = t.name.rfind('.');
   const auto found = linears_.find(t.name.substr(0, dot));

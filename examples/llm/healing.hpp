@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <list>
 #include <map>
 #include <optional>
 #include <string>
@@ -33,6 +34,12 @@ struct healed_parts {
 /// Weak columns, group scales and norms of a QEFT checkpoint, with the loss
 /// KL(reference || model) of what follows each token, summed over the counted ones. The checkpoint
 /// is taken as it is stored, rows and columns permuted.
+///
+/// Parameters are those of scale_tuning, but weak columns and norms as steps from their initial
+/// values: w0 + unit * parameter, the unit of a norm's element being that element, so that its rate
+/// is relative, and that of weak columns what calibrate() finds. Channels with large activations
+/// have norms a hundred times smaller than others, and weak columns that are as much more
+/// sensitive: no common rate suits all.
 class healed_model final : public trainable {
  public:
   /// @param source    the checkpoint; must live as long as this object
@@ -41,11 +48,18 @@ class healed_model final : public trainable {
   healed_model(const qeft::on_host& exec, const model_source& source, const model_source& reference,
                const healed_parts& parts = {});
 
+  /// Chooses the units of weak columns, one for each, and the rates of all parameters by the root
+  /// mean square of their gradients over single samples: where gradients are large, so is the
+  /// curvature, and as much smaller are the steps. In these units a step of rate r in the direction
+  /// of every element's gradient lowers the loss by r of its mean, to first order.
+  /// @pre the parameters are the initial ones
+  void calibrate(const std::vector<training_sample>& samples);
+
   const std::vector<parameter>& parameters() const override { return parameters_; }
-  void clear_gradients() override { model_->clear_gradients(); }
+  void clear_gradients() override;
   double backward(const training_sample& sample, double factor) override;
   double loss(const training_sample& sample) override;
-  void update() override { model_->update(); }
+  void update() override;
 
   /// The bytes of a tensor of the checkpoint as it is to be stored after the last update; nothing
   /// for one that is not trained. @throws qeft::error errc::not_finite, naming it, for a norm that
@@ -53,7 +67,19 @@ class healed_model final : public trainable {
   std::optional<std::vector<std::byte>> stored(const qeft::io::tensor_view& tensor) const;
 
  private:
+  /// A parameter of model_ in units: w0 + unit * step.
+  struct stepped {
+    parameter inner;
+    std::vector<float> initial;
+    std::vector<float> unit;  // by column
+    std::vector<float> step;
+    std::vector<float> gradient;
+  };
+
   linear_maker maker();
+  void add_stepped(const parameter& inner, double rate_factor);
+  void check_norm(const parameter& norm) const;
+  void find_gradients_of_steps();
   logits_loss loss_to_reference(const training_sample& sample);
 
   qeft::on_host exec_;
@@ -62,6 +88,7 @@ class healed_model final : public trainable {
   llama_model reference_;
   std::map<std::string, const scale_tuning*> linears_;  // of model_, by name
   std::optional<tuned_model> model_;
+  std::list<stepped> stepped_;
   std::vector<parameter> parameters_;
   std::vector<float> rows_;              // of the reference's stream
   std::vector<float> reference_logits_;  // of these

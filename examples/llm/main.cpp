@@ -277,7 +277,8 @@ void add_heal(CLI::App& command, heal_options& o, std::string& device) {
   command.add_option("--lr", o.rate, "learning rate of the weak columns")->capture_default_str();
   command.add_option("--scale-lr", o.scale_rate, "of the scales, relative to their size")
       ->capture_default_str();
-  command.add_option("--norm-lr", o.norm_rate, "of the norms")->capture_default_str();
+  command.add_option("--norm-lr", o.norm_rate, "of the norms, relative to them")
+      ->capture_default_str();
   command
       .add_option("--warmup", o.warmup,
                   "steps in which the learning rates rise, at most a quarter of --steps; behind "

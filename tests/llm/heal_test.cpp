@@ -115,11 +115,11 @@ struct place {
   std::vector<double> step;
 };
 
-/// Places of a parameter: a factor of scales moves its group's weights by themselves.
+/// Places of a parameter: factors move what they multiply by itself.
 std::vector<place> places_of(checkpoint_model& m, const parameter& p) {
   std::vector<place> all;
   if (p.rows == 1) {
-    for (double& x : m.tensors.at(p.name)) all.push_back({{&x}, {1.0}});
+    for (double& x : m.tensors.at(p.name)) all.push_back({{&x}, {x}});
     return all;
   }
   const std::string name = p.name.substr(0, p.name.rfind('.'));
@@ -316,6 +316,43 @@ TEST_CASE("only what is asked for is trained, each at its rate", "[llm]") {
   CHECK(all.back().rate_factor == 3);
 }
 
+TEST_CASE("rates are such that gradients of single samples weigh alike", "[llm]") {
+  healing_case h({"", json::object(), format(4, weak_kind::tail, 16)}, 4);
+  healed_model model = h.load(2, {{true, true}, true, 2, 3});
+  const double loss = model.loss(h.sample);
+  model.calibrate({h.sample});
+  CHECK(model.loss(h.sample) == loss);
+  CHECK(gradients_of(model) == std::vector<float>(gradients_of(model).size()));
+  const auto counted = static_cast<double>(std::count_if(
+      h.sample.counted.begin(), h.sample.counted.end(), [](char c) { return c != 0; }));
+  model.backward(h.sample, 1 / counted);
+  double all = 0;
+  for (const parameter& p : model.parameters()) all += static_cast<double>(p.size());
+  const double expected = loss / counted / all;
+  for (const parameter& p : model.parameters()) {
+    const bool weak = p.name.substr(p.name.rfind('.')) == ".weak";
+    const bool scales = p.name.substr(p.name.rfind('.')) == ".scales";
+    std::vector<double> squares(static_cast<std::size_t>(p.columns));
+    for (index_t i = 0; i < p.size(); ++i) {
+      const auto g = static_cast<double>(p.gradient[i]);
+      squares[static_cast<std::size_t>(i % p.columns)] += g * g;
+    }
+    INFO(p.name);
+    if (weak) {  // each column by its unit
+      CHECK(p.rate_factor == 1);
+      for (const double square : squares) {
+        CHECK(std::abs(std::sqrt(square / static_cast<double>(p.rows)) - expected) <
+              1e-5 * expected);
+      }
+      continue;
+    }
+    double sum = 0;
+    for (const double square : squares) sum += square;
+    const double root = std::sqrt(sum / static_cast<double>(p.size()));
+    CHECK(std::abs(p.rate_factor * root / (scales ? 2 : 3) - expected) < 1e-5 * expected);
+  }
+}
+
 TEST_CASE("what 16 bits do not hold is refused by name, and so are norms of another type",
           "[llm]") {
   healing_case h(
@@ -383,9 +420,9 @@ struct workplace {
     o.seq_len = 32;
     o.steps = 6;
     o.batch = 3;
-    o.rate = 1e-3;
-    o.scale_rate = 2e-3;
-    o.norm_rate = 1e-3;
+    o.rate = 0.5;
+    o.scale_rate = 0.6;
+    o.norm_rate = 0.5;
     o.warmup = 1;
     o.validation_windows = 4;
     o.eval_every = 2;
@@ -578,7 +615,7 @@ TEST_CASE("a killed run goes on where it was, to the same bytes and the same log
     change(other);
     return w.refused(other, errc::invalid_argument, why);
   };
-  CHECK(refused([](auto& x) { x.rate = 1e-2; }, {"another lr", "0.001 there", "0.01 here"}));
+  CHECK(refused([](auto& x) { x.rate = 1e-2; }, {"another lr", "0.5 there", "0.01 here"}));
   CHECK(refused([](auto& x) { x.scale_rate = 1; }, {"another scale_lr"}));
   CHECK(refused([](auto& x) { x.train = {"weak"}; }, {"another train"}));
   CHECK(refused([](auto& x) { x.seed = 4; }, {"another seed"}));
@@ -630,7 +667,7 @@ TEST_CASE("what is wrong is said, and nothing is left") {
   CHECK(refused(bad, [](auto& o) { o.train = {}; }, {"--train is empty"}));
   CHECK(refused(bad, [](auto& o) { o.validation_windows = -1; }, {"--validation-windows is -1"}));
   // A rate at which 16 bits overflow, behind a checkpoint.
-  CHECK(refused(errc::not_finite, [](auto& o) { o.rate = 3e4; }, {"step ", "--lr (here 30000)"}));
+  CHECK(refused(errc::not_finite, [](auto& o) { o.rate = 3e9; }, {"step ", "--lr (here "}));
   write_all(w.dir / "model/before_merge.qeft", "");
   CHECK(refused(bad, [](auto&) {}, {"--model", "adapters are merged"}));
 }
