@@ -18,7 +18,7 @@ using head_view = Eigen::Map<matrix, 0, Eigen::OuterStride<>>;
 using const_head_view = Eigen::Map<const matrix, 0, Eigen::OuterStride<>>;
 
 // Queries at a time. Sums depend on it, so that it must not depend on the number of threads.
-constexpr index_t piece = 64;
+constexpr index_t query_piece = 64;
 
 /// A query head, and the gradients that it adds to.
 struct query_head {
@@ -85,12 +85,12 @@ void causal_attention_gradient(const qeft::on_host& exec, const attention_shape&
       const query_head head{queries(q, h),          values(k, h),  values(v, h),
                             queries(dout, h),       result(dq, h), result(dk_of.data(), h),
                             result(dv_of.data(), h)};
-      for (index_t first = 0; first < shape.tokens; first += piece) {
-        attend_back(head, first, std::min(piece, shape.tokens - first), shape.window);
+      for (index_t first = 0; first < shape.tokens; first += query_piece) {
+        attend_back(head, first, std::min(query_piece, shape.tokens - first), shape.window);
       }
     }
   });
-  exec.parallel_for(shape.tokens, piece, [&](index_t begin, index_t end) {
+  exec.parallel_for(shape.tokens, query_piece, [&](index_t begin, index_t end) {
     for (index_t t = begin; t < end; ++t) {
       for (index_t c = 0; c < value_width; ++c) {
         const index_t first = c / dim * group * dim + c % dim;

@@ -32,7 +32,7 @@ using qeft::index_t;
 using qeft::text;
 
 template <class Value>
-[[noreturn]] void refuse(const char* option, const Value& value, const std::string& rule) {
+[[noreturn]] void refuse_tuning(const char* option, const Value& value, const std::string& rule) {
   fail(errc::invalid_argument, text("finetune: ", option, " is ", value, ", but must be ", rule));
 }
 
@@ -40,11 +40,11 @@ template <class Value>
 void check_options(const finetune_options& o) {
   std::error_code unknown;  // then writing says why
   if (!fs::path(o.out).has_filename() || fs::exists(fs::symlink_status(o.out, unknown))) {
-    refuse("--out", o.out.empty() ? "empty" : o.out, "the name of a file that does not exist yet");
+    refuse_tuning("--out", o.out.empty() ? "empty" : o.out, "the name of a file that does not exist yet");
   }
   constexpr index_t most = index_t{1} << 31;
   const auto check = [](const char* option, index_t value, index_t least) {
-    if (value < least || value > most) refuse(option, value, text("in [", least, ", 2^31]"));
+    if (value < least || value > most) refuse_tuning(option, value, text("in [", least, ", 2^31]"));
   };
   check("--steps", o.steps, 0);
   check("--epochs", o.epochs, 1);
@@ -53,29 +53,29 @@ void check_options(const finetune_options& o) {
   check("--checkpoint-every", o.checkpoint_every, 0);
   check("--warmup", o.warmup, 0);
   const auto check_share = [](const char* option, double value) {
-    if (!(value >= 0 && value < 1)) refuse(option, value, "in [0, 1)");
+    if (!(value >= 0 && value < 1)) refuse_tuning(option, value, "in [0, 1)");
   };
   check_share("--validation-share", o.validation_share);
   check_share("--weak-dropout", o.weak_dropout);
-  if (!(o.rate > 0 && std::isfinite(o.rate))) refuse("--lr", o.rate, "a number above 0");
+  if (!(o.rate > 0 && std::isfinite(o.rate))) refuse_tuning("--lr", o.rate, "a number above 0");
   const auto check_size = [](const char* option, double value) {
-    if (!(value >= 0 && std::isfinite(value))) refuse(option, value, "a number of at least 0");
+    if (!(value >= 0 && std::isfinite(value))) refuse_tuning(option, value, "a number of at least 0");
   };
   check_size("--clip", o.clip);
   check_size("--weight-decay", o.weight_decay);
   check_size("--l2-sp", o.l2_sp);
   if (tunes_weak_columns(o.method)) return;
   check("--rank", o.rank, 1);
-  if (!(o.alpha > 0 && std::isfinite(o.alpha))) refuse("--alpha", o.alpha, "a positive number");
+  if (!(o.alpha > 0 && std::isfinite(o.alpha))) refuse_tuning("--alpha", o.alpha, "a positive number");
   if (o.weak_dropout > 0) {
-    refuse("--weak-dropout", o.weak_dropout,
+    refuse_tuning("--weak-dropout", o.weak_dropout,
            text("0 for --method ", to_string(o.method), ", which has no weak columns to train"));
   }
 }
 
 void check_length(const finetune_options& o, const model_config& config) {
   if (o.seq_len < 2 || o.seq_len > config.max_position_embeddings) {
-    refuse("--seq-len", o.seq_len,
+    refuse_tuning("--seq-len", o.seq_len,
            text("between 2 and the model's max_position_embeddings = ",
                 config.max_position_embeddings));
   }
@@ -186,7 +186,7 @@ class finetuning {
         o_.steps > 0 ? o_.steps * o_.batch : o_.epochs * static_cast<index_t>(samples_.size());
     t.steps = steps_of(t.samples, t.batch);
     if (o_.warmup > t.steps) {
-      refuse("--warmup", o_.warmup, text("at most the number of steps, ", t.steps));
+      refuse_tuning("--warmup", o_.warmup, text("at most the number of steps, ", t.steps));
     }
     t.rate = {o_.schedule, o_.rate, o_.warmup, t.steps, 0.0};
     t.clip = o_.clip;

@@ -16,7 +16,7 @@ using qeft::index_t;
 namespace {
 
 // Columns whose gradient exists at a time.
-constexpr index_t piece = 64;
+constexpr index_t column_piece = 64;
 
 /// A frozen layer in full precision that measures its weight's gradient dW.
 class measured_linear final : public tuned_linear {
@@ -41,10 +41,10 @@ class measured_linear final : public tuned_linear {
   void backward(const qeft::on_host& exec, const float* dy, const float* saved, index_t tokens,
                 float* dx) override {
     base_.add_input_gradient(exec, dy, tokens, dx);
-    std::vector<float> x(static_cast<std::size_t>(tokens * piece));
-    std::vector<float> dw(static_cast<std::size_t>(out_channels() * piece));
-    for (index_t first = 0; first < in_channels(); first += piece) {
-      const index_t columns = std::min(piece, in_channels() - first);
+    std::vector<float> x(static_cast<std::size_t>(tokens * column_piece));
+    std::vector<float> dw(static_cast<std::size_t>(out_channels() * column_piece));
+    for (index_t first = 0; first < in_channels(); first += column_piece) {
+      const index_t columns = std::min(column_piece, in_channels() - first);
       for (index_t t = 0; t < tokens; ++t) {
         std::copy_n(saved + t * in_channels() + first, columns, x.data() + t * columns);
       }

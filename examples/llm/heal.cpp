@@ -36,7 +36,7 @@ using qeft::text;
 constexpr std::size_t calibration_samples = 4;
 
 template <class Value>
-[[noreturn]] void refuse(const char* option, const Value& value, const std::string& rule) {
+[[noreturn]] void refuse_healing(const char* option, const Value& value, const std::string& rule) {
   fail(errc::invalid_argument, text("heal: ", option, " is ", value, ", but must be ", rule));
 }
 
@@ -48,7 +48,7 @@ bool trains(const heal_options& o, const char* part) {
 void check_options(const heal_options& o) {
   constexpr index_t most = index_t{1} << 31;
   const auto check = [](const char* option, index_t value, index_t least) {
-    if (value < least || value > most) refuse(option, value, text("in [", least, ", 2^31]"));
+    if (value < least || value > most) refuse_healing(option, value, text("in [", least, ", 2^31]"));
   };
   check("--steps", o.steps, 1);
   check("--batch", o.batch, 1);
@@ -57,44 +57,44 @@ void check_options(const heal_options& o) {
   check("--eval-every", o.eval_every, 0);
   check("--checkpoint-every", o.checkpoint_every, 0);
   const auto check_rate = [](const char* option, double value) {
-    if (!(value > 0 && std::isfinite(value))) refuse(option, value, "a number above 0");
+    if (!(value > 0 && std::isfinite(value))) refuse_healing(option, value, "a number above 0");
   };
   check_rate("--lr", o.rate);
   check_rate("--scale-lr", o.scale_rate);
   check_rate("--norm-lr", o.norm_rate);
-  if (!(o.clip >= 0 && std::isfinite(o.clip))) refuse("--clip", o.clip, "a number of at least 0");
+  if (!(o.clip >= 0 && std::isfinite(o.clip))) refuse_healing("--clip", o.clip, "a number of at least 0");
   for (const std::string& part : o.train) {
     if (part != "weak" && part != "scales" && part != "norms") {
-      refuse("--train", part, "a list of weak, scales and norms");
+      refuse_healing("--train", part, "a list of weak, scales and norms");
     }
   }
-  if (o.train.empty()) refuse("--train", "empty", "a list of weak, scales and norms");
+  if (o.train.empty()) refuse_healing("--train", "empty", "a list of weak, scales and norms");
 }
 
 void check_models(const heal_options& o, const model_config& ours, const model_config& theirs) {
   if (!ours.quantization) {
-    refuse("--model", o.model + ", which is not quantised", "what `qeft-llm quantize` wrote");
+    refuse_healing("--model", o.model + ", which is not quantised", "what `qeft-llm quantize` wrote");
   }
   if (fs::exists(fs::path(o.model) / "before_merge.qeft")) {
-    refuse("--model", o.model + ", which adapters are merged into",
+    refuse_healing("--model", o.model + ", which adapters are merged into",
            "their base: heal that, then merge");
   }
   if (theirs.quantization) {
-    refuse("--reference", o.reference + ", which is quantised", "a full-precision model");
+    refuse_healing("--reference", o.reference + ", which is quantised", "a full-precision model");
   }
   if (architecture_of(ours) != architecture_of(theirs)) {
-    refuse("--reference", o.reference + ", which is " + architecture_of(theirs),
+    refuse_healing("--reference", o.reference + ", which is " + architecture_of(theirs),
            "the model that --model was made from, " + architecture_of(ours));
   }
   const index_t longest = std::min(ours.max_position_embeddings, theirs.max_position_embeddings);
   if (o.seq_len < 2 || o.seq_len > longest) {
-    refuse("--seq-len", o.seq_len,
+    refuse_healing("--seq-len", o.seq_len,
            text("between 2 and the models' max_position_embeddings = ", longest));
   }
 }
 
 /// A fingerprint of samples.
-std::string tokens_of(const std::vector<training_sample>& samples) {
+std::string windows_of(const std::vector<training_sample>& samples) {
   io::stream_hash hash;
   for (const training_sample& s : samples) hash.update(io::as_bytes(s.tokens));
   return text(samples.size(), " windows, ", io::to_hex(hash.finish()));
@@ -209,8 +209,8 @@ class healer {
     all["version"] = {QEFT_VERSION_MAJOR, QEFT_VERSION_MINOR, QEFT_VERSION_PATCH};
     all["--model"] = io::weights_fingerprint(source_.weights().reader());
     all["--reference"] = io::weights_fingerprint(full_.weights().reader());
-    all["windows of --text"] = tokens_of(samples_);
-    all["windows to validate with"] = tokens_of(validation_);
+    all["windows of --text"] = windows_of(samples_);
+    all["windows to validate with"] = windows_of(validation_);
     return all;
   }
 

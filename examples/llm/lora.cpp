@@ -23,13 +23,13 @@ using qeft::solver::map_rows;
 namespace {
 
 // Tokens of one product: its size, and so its sums, depend on nothing else.
-constexpr index_t piece = 64;
+constexpr index_t token_piece = 64;
 
 /// body(first token, tokens) of pieces.
 template <class Body>
 void for_each_piece(const qeft::on_host& exec, index_t tokens, const Body& body) {
-  exec.parallel_for(qeft::ceil_div(tokens, piece), 1, [&](index_t begin, index_t end) {
-    for (; begin < end; ++begin) body(begin * piece, std::min(piece, tokens - begin * piece));
+  exec.parallel_for(qeft::ceil_div(tokens, token_piece), 1, [&](index_t begin, index_t end) {
+    for (; begin < end; ++begin) body(begin * token_piece, std::min(token_piece, tokens - begin * token_piece));
   });
 }
 

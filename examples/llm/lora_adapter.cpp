@@ -27,7 +27,7 @@ const std::string prefix = "base_model.model.";
 const std::string a_suffix = ".lora_A.weight";
 const std::string b_suffix = ".lora_B.weight";
 
-bool ends_with(const std::string& name, const std::string& suffix) {
+bool has_suffix(const std::string& name, const std::string& suffix) {
   return name.size() > suffix.size() &&
          name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
 }
@@ -61,11 +61,11 @@ std::map<std::string, lora_linear> lora_linears(const std::vector<parameter>& pa
   std::map<std::string, lora_linear> all;
   for (const parameter& p : parameters) {
     const std::vector<float> values(p.value, p.value + p.size());
-    if (ends_with(p.name, a_suffix)) {
+    if (has_suffix(p.name, a_suffix)) {
       lora_linear& to = all[p.name.substr(0, p.name.size() - a_suffix.size())];
       to.width = p.columns;
       to.a = values;
-    } else if (ends_with(p.name, b_suffix)) {
+    } else if (has_suffix(p.name, b_suffix)) {
       lora_linear& to = all[p.name.substr(0, p.name.size() - b_suffix.size())];
       to.out_channels = p.rows;
       to.b = values;
@@ -127,8 +127,8 @@ lora_adapter read_lora_adapter(const std::filesystem::path& path) {
   adapter.base = entry(file, "base");
   adapter.architecture = entry(file, "architecture");
   for (const std::string& a : reader.names()) {
-    if (ends_with(a, b_suffix)) continue;  // found with its A
-    if (a.compare(0, prefix.size(), prefix) != 0 || !ends_with(a, a_suffix)) {
+    if (has_suffix(a, b_suffix)) continue;  // found with its A
+    if (a.compare(0, prefix.size(), prefix) != 0 || !has_suffix(a, a_suffix)) {
       io::fail_corrupt(file.where(), "tensor '" + a + "' must be lora_A or lora_B of a linear");
     }
     const std::string name = a.substr(prefix.size(), a.size() - prefix.size() - a_suffix.size());

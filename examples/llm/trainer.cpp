@@ -33,7 +33,7 @@ index_t count_of(const std::vector<training_sample>& samples) {
 }
 
 template <class Value>
-[[noreturn]] void refuse(const char* name, const Value& value, const std::string& rule) {
+[[noreturn]] void refuse_setting(const char* name, const Value& value, const std::string& rule) {
   fail(errc::invalid_argument, text("trainer: ", name, " is ", value, ", but must be ", rule));
 }
 
@@ -110,25 +110,25 @@ trainer::trainer(const qeft::on_host& exec, trainable& model, const trainer_opti
       validation_(validation),
       dropout_{static_cast<float>(options.weak_dropout),
                qeft::counter_bits(options.seed, for_dropout)} {
-  if (options_.steps < 1) refuse("steps", options_.steps, "at least 1");
-  if (options_.batch < 1) refuse("batch", options_.batch, "at least 1");
-  if (options_.eval_every < 0) refuse("eval_every", options_.eval_every, "at least 0");
+  if (options_.steps < 1) refuse_setting("steps", options_.steps, "at least 1");
+  if (options_.batch < 1) refuse_setting("batch", options_.batch, "at least 1");
+  if (options_.eval_every < 0) refuse_setting("eval_every", options_.eval_every, "at least 0");
   if (options_.samples == 0) options_.samples = options_.steps * options_.batch;
   if (steps_of(options_.samples, options_.batch) != options_.steps) {
-    refuse("samples", options_.samples,
+    refuse_setting("samples", options_.samples,
            text("what ", options_.steps, " steps of ", options_.batch, " take"));
   }
   if (!(options_.clip >= 0 && std::isfinite(options_.clip))) {
-    refuse("clip", options_.clip, "a number of at least 0");
+    refuse_setting("clip", options_.clip, "a number of at least 0");
   }
   if (!(options_.weak_dropout >= 0 && options_.weak_dropout < 1)) {
-    refuse("weak_dropout", options_.weak_dropout, "in [0, 1)");
+    refuse_setting("weak_dropout", options_.weak_dropout, "in [0, 1)");
   }
   options_.rate.steps = options_.steps;
   qeft::check_schedule(options_.rate);
   qeft::make_adamw_step(options_.adamw, options_.rate.peak, 0);
-  if (training_.empty()) refuse("training", "empty", "some samples");
-  if (model_.parameters().empty()) refuse("model", "frozen", "one with parameters to train");
+  if (training_.empty()) refuse_setting("training", "empty", "some samples");
+  if (model_.parameters().empty()) refuse_setting("model", "frozen", "one with parameters to train");
   check_samples(training_, "training");
   check_samples(validation_, "validation");
   m_ = zeros_for(model_.parameters());
