@@ -7,6 +7,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -36,12 +37,46 @@ template <class Value>
   fail(errc::invalid_argument, text("finetune: ", option, " is ", value, ", but must be ", rule));
 }
 
+void check_out(const finetune_options& o) {
+  std::error_code unknown;  // then writing says why
+  const bool there = fs::exists(fs::symlink_status(o.out, unknown));
+  if (fs::path(o.out).has_filename() && !there) return;
+  std::string rule = "the name of a file that does not exist yet";
+  const std::string unfinished = o.out + ".unfinished.partial";
+  if (there && fs::exists(unfinished, unknown)) {
+    rule += "; " + unfinished + " is of the run that wrote it, which was killed: it can be removed";
+  }
+  refuse_tuning("--out", o.out.empty() ? "empty" : o.out, rule);
+}
+
+/// The log is replaced, and so must be nothing else than a log.
+void check_log(const finetune_options& o) {
+  if (o.log.empty()) return;
+  std::error_code unknown;
+  const auto is_log = [&](const std::string& file) {
+    return fs::equivalent(file, o.log, unknown) ||
+           fs::weakly_canonical(file, unknown) == fs::weakly_canonical(o.log, unknown);
+  };
+  const auto check = [&](const char* option, const std::string& file) {
+    if (!file.empty() && is_log(file)) {
+      refuse_tuning("--log", o.log, text("another file than ", option, ": it is written to"));
+    }
+  };
+  check("--data", o.data);
+  check("--validation", o.validation);
+  check("--out", o.out);
+  if (!fs::exists(o.log, unknown)) return;
+  constexpr const char* rule =
+      "the name of a log to replace, or of a file that does not exist yet: it has no step in its "
+      "first line";
+  if (!fs::is_regular_file(o.log, unknown)) refuse_tuning("--log", o.log, rule);
+  if (!may_be_log(o.log)) refuse_tuning("--log", o.log, rule);
+}
+
 /// What needs neither model nor data.
 void check_options(const finetune_options& o) {
-  std::error_code unknown;  // then writing says why
-  if (!fs::path(o.out).has_filename() || fs::exists(fs::symlink_status(o.out, unknown))) {
-    refuse_tuning("--out", o.out.empty() ? "empty" : o.out, "the name of a file that does not exist yet");
-  }
+  check_out(o);
+  check_log(o);
   constexpr index_t most = index_t{1} << 31;
   const auto check = [](const char* option, index_t value, index_t least) {
     if (value < least || value > most) refuse_tuning(option, value, text("in [", least, ", 2^31]"));
@@ -59,25 +94,34 @@ void check_options(const finetune_options& o) {
   check_share("--weak-dropout", o.weak_dropout);
   if (!(o.rate > 0 && std::isfinite(o.rate))) refuse_tuning("--lr", o.rate, "a number above 0");
   const auto check_size = [](const char* option, double value) {
-    if (!(value >= 0 && std::isfinite(value))) refuse_tuning(option, value, "a number of at least 0");
+    if (!(value >= 0 && std::isfinite(value)))
+      refuse_tuning(option, value, "a number of at least 0");
   };
   check_size("--clip", o.clip);
   check_size("--weight-decay", o.weight_decay);
   check_size("--l2-sp", o.l2_sp);
+  const auto is_text = [](const std::string& file) { return fs::path(file).extension() == ".txt"; };
+  if (o.too_long == long_records::cut && is_text(o.data) &&
+      (o.validation.empty() || is_text(o.validation))) {
+    refuse_tuning("--long-records", "cut",
+                  "refuse for a text, which is tiled: only records can be long");
+  }
   if (tunes_weak_columns(o.method)) return;
   check("--rank", o.rank, 1);
-  if (!(o.alpha > 0 && std::isfinite(o.alpha))) refuse_tuning("--alpha", o.alpha, "a positive number");
+  if (!(o.alpha > 0 && std::isfinite(o.alpha)))
+    refuse_tuning("--alpha", o.alpha, "a positive number");
   if (o.weak_dropout > 0) {
-    refuse_tuning("--weak-dropout", o.weak_dropout,
-           text("0 for --method ", to_string(o.method), ", which has no weak columns to train"));
+    refuse_tuning(
+        "--weak-dropout", o.weak_dropout,
+        text("0 for --method ", to_string(o.method), ", which has no weak columns to train"));
   }
 }
 
 void check_length(const finetune_options& o, const model_config& config) {
   if (o.seq_len < 2 || o.seq_len > config.max_position_embeddings) {
     refuse_tuning("--seq-len", o.seq_len,
-           text("between 2 and the model's max_position_embeddings = ",
-                config.max_position_embeddings));
+                  text("between 2 and the model's max_position_embeddings = ",
+                       config.max_position_embeddings));
   }
 }
 
@@ -128,6 +172,11 @@ class finetuning {
   explicit finetuning(const finetune_options& options)
       : o_(options), exec_(options.threads), source_(options.model) {
     check_model(o_.method, source_.config(), o_.model);
+    if (is_merged(o_.model)) {
+      refuse_tuning(
+          "--model", o_.model,
+          "what no adapter is merged into: one of it could not be merged in turn (see unmerge)");
+    }
     check_length(o_, source_.config());
   }
 
@@ -144,7 +193,17 @@ class finetuning {
                  static_cast<long long>(model.saved_bytes_per_token()),
                  static_cast<long long>(model.optimiser_bytes()));
     trainer train(exec_, model, how, samples_, validation_);
-    run_training(train, out, describe(how), {o_.log, o_.json, o_.checkpoint_every, o_.after_step});
+    try {
+      run_training(train, out, describe(how),
+                   {o_.log, o_.json, o_.checkpoint_every, o_.after_step});
+    } catch (const qeft::error& e) {
+      const bool has_best = train.best() && train.best()->step > 0;
+      if (e.code() != errc::not_finite || !has_best) throw;
+      train.take_best();
+      write(model);
+      fail(errc::not_finite, text(e.what(), "; ", o_.out, " holds the adapter of step ",
+                                  train.best()->step, ", which validated best"));
+    }
     train.take_best();
     write(model);
     out.keep(false);
@@ -173,6 +232,9 @@ class finetuning {
       validation_ = read(o_.validation);
     } else if (o_.validation_share > 0) {
       validation_ = split_off(samples_, o_.validation_share, o_.seed);
+    }
+    if (!o_.template_name.empty() && !reader.used_template()) {
+      refuse_tuning("--template", o_.template_name, "left out for data without messages");
     }
     if (source_.config().eos_token_ids.empty()) {
       std::fprintf(stderr, "notice: the model has no end token; responses are trained without\n");
@@ -240,6 +302,11 @@ class finetuning {
 
   void report(const trainer& train, const tuned& model, const trainer_options& how) const {
     const auto& best = train.best();
+    if (best && best->step == 0) {
+      std::fprintf(stderr,
+                   "notice: no step improved the validation loss; the adapter changes nothing; "
+                   "try another --lr\n");
+    }
     if (best) {
       std::fprintf(
           stderr, "validation loss: %.4f before training, %.4f at best, behind step %lld\n",

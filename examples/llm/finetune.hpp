@@ -49,15 +49,20 @@ struct finetune_options {
 /// those that validate best, or of the last ones where there is no validation. The other methods of
 /// tuning_method are baselines for comparison; those with LoRA write what write_lora_adapter does.
 ///
-/// A run that was killed left its state in OUT.unfinished.partial: the same command goes on from
-/// there, to the same bytes. Whatever decides the result must be as it was.
+/// A run that was killed, stopped by Ctrl-C or ended by an error left its last checkpoint in
+/// OUT.unfinished.partial: the same command goes on from there, to the same bytes. Whatever decides
+/// the result must be as it was. Where loss, gradients or values stop being finite, the adapter of
+/// the step that validated best until then is written before the error, and no checkpoint stays.
+///
+/// A log file that exists is replaced, but must be the log of a run. With a checkpoint the lines of
+/// the steps that are done stay.
 ///
 /// The objects of the log are those of run_training. The object of the result: out, method, steps,
 /// samples, validation_samples, parameters (a number), saved_bytes_per_token (what all linears keep
 /// for backward), optimiser_bytes (AdamW's moments), and start_loss, best_loss and best_step, which
 /// are null without validation.
 /// @return the exit status of the command
-/// @throws qeft::error; then nothing is at `out`
+/// @throws qeft::error; then nothing is at `out`, or the adapter that the message names
 int run_finetune(const finetune_options& options);
 
 }  // namespace qeft_llm

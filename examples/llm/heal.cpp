@@ -48,7 +48,8 @@ bool trains(const heal_options& o, const char* part) {
 void check_options(const heal_options& o) {
   constexpr index_t most = index_t{1} << 31;
   const auto check = [](const char* option, index_t value, index_t least) {
-    if (value < least || value > most) refuse_healing(option, value, text("in [", least, ", 2^31]"));
+    if (value < least || value > most)
+      refuse_healing(option, value, text("in [", least, ", 2^31]"));
   };
   check("--steps", o.steps, 1);
   check("--batch", o.batch, 1);
@@ -62,7 +63,8 @@ void check_options(const heal_options& o) {
   check_rate("--lr", o.rate);
   check_rate("--scale-lr", o.scale_rate);
   check_rate("--norm-lr", o.norm_rate);
-  if (!(o.clip >= 0 && std::isfinite(o.clip))) refuse_healing("--clip", o.clip, "a number of at least 0");
+  if (!(o.clip >= 0 && std::isfinite(o.clip)))
+    refuse_healing("--clip", o.clip, "a number of at least 0");
   for (const std::string& part : o.train) {
     if (part != "weak" && part != "scales" && part != "norms") {
       refuse_healing("--train", part, "a list of weak, scales and norms");
@@ -73,23 +75,24 @@ void check_options(const heal_options& o) {
 
 void check_models(const heal_options& o, const model_config& ours, const model_config& theirs) {
   if (!ours.quantization) {
-    refuse_healing("--model", o.model + ", which is not quantised", "what `qeft-llm quantize` wrote");
+    refuse_healing("--model", o.model + ", which is not quantised",
+                   "what `qeft-llm quantize` wrote");
   }
   if (fs::exists(fs::path(o.model) / "before_merge.qeft")) {
     refuse_healing("--model", o.model + ", which adapters are merged into",
-           "their base: heal that, then merge");
+                   "their base: heal that, then merge");
   }
   if (theirs.quantization) {
     refuse_healing("--reference", o.reference + ", which is quantised", "a full-precision model");
   }
   if (architecture_of(ours) != architecture_of(theirs)) {
     refuse_healing("--reference", o.reference + ", which is " + architecture_of(theirs),
-           "the model that --model was made from, " + architecture_of(ours));
+                   "the model that --model was made from, " + architecture_of(ours));
   }
   const index_t longest = std::min(ours.max_position_embeddings, theirs.max_position_embeddings);
   if (o.seq_len < 2 || o.seq_len > longest) {
     refuse_healing("--seq-len", o.seq_len,
-           text("between 2 and the models' max_position_embeddings = ", longest));
+                   text("between 2 and the models' max_position_embeddings = ", longest));
   }
 }
 

@@ -29,7 +29,8 @@ constexpr index_t token_piece = 64;
 template <class Body>
 void for_each_piece(const qeft::on_host& exec, index_t tokens, const Body& body) {
   exec.parallel_for(qeft::ceil_div(tokens, token_piece), 1, [&](index_t begin, index_t end) {
-    for (; begin < end; ++begin) body(begin * token_piece, std::min(token_piece, tokens - begin * token_piece));
+    for (; begin < end; ++begin)
+      body(begin * token_piece, std::min(token_piece, tokens - begin * token_piece));
   });
 }
 

@@ -223,7 +223,8 @@ void add_finetune(CLI::App& command, finetune_options& o, std::string& device) {
   add_choice<long_records>(command, "--long-records", o.too_long,
                            "what becomes of records that are longer",
                            {{"refuse", long_records::refuse}, {"cut", long_records::cut}});
-  auto* steps = command.add_option("--steps", o.steps, "of the optimiser, instead of --epochs");
+  auto* steps = command.add_option("--steps", o.steps, "of the optimiser, instead of --epochs")
+                    ->check(CLI::Range(qeft::index_t{1}, qeft::index_t{1} << 31));
   command.add_option("--epochs", o.epochs, "passes over the data")
       ->excludes(steps)
       ->capture_default_str();
@@ -256,7 +257,8 @@ void add_finetune(CLI::App& command, finetune_options& o, std::string& device) {
   command.add_option("--seed", o.seed, "of the order of samples, the split and the dropout")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  command.add_option("--log", o.log, "file to write a JSON object per step to");
+  command.add_option("--log", o.log,
+                     "file of a JSON object per step; a log that is there is replaced");
   command.add_flag("--json", o.json, "a JSON object per step, and one for the result, on stdout");
 }
 

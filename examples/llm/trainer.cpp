@@ -116,7 +116,7 @@ trainer::trainer(const qeft::on_host& exec, trainable& model, const trainer_opti
   if (options_.samples == 0) options_.samples = options_.steps * options_.batch;
   if (steps_of(options_.samples, options_.batch) != options_.steps) {
     refuse_setting("samples", options_.samples,
-           text("what ", options_.steps, " steps of ", options_.batch, " take"));
+                   text("what ", options_.steps, " steps of ", options_.batch, " take"));
   }
   if (!(options_.clip >= 0 && std::isfinite(options_.clip))) {
     refuse_setting("clip", options_.clip, "a number of at least 0");
@@ -128,7 +128,8 @@ trainer::trainer(const qeft::on_host& exec, trainable& model, const trainer_opti
   qeft::check_schedule(options_.rate);
   qeft::make_adamw_step(options_.adamw, options_.rate.peak, 0);
   if (training_.empty()) refuse_setting("training", "empty", "some samples");
-  if (model_.parameters().empty()) refuse_setting("model", "frozen", "one with parameters to train");
+  if (model_.parameters().empty())
+    refuse_setting("model", "frozen", "one with parameters to train");
   check_samples(training_, "training");
   check_samples(validation_, "validation");
   m_ = zeros_for(model_.parameters());

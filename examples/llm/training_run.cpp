@@ -22,6 +22,20 @@ using qeft::errc;
 using qeft::index_t;
 using qeft::text;
 
+/// The step that a line of a log is of; nothing for any other line.
+std::optional<index_t> step_of(std::string_view line) {
+  const json found = json::parse(line, nullptr, /*allow_exceptions=*/false);
+  if (!found.is_object()) return std::nullopt;
+  const auto step = found.find("step");
+  if (step == found.end() || !step->is_number_integer()) return std::nullopt;
+  return step->get<index_t>();
+}
+
+std::string_view text_of(const io::mapped_file& file) {
+  return {reinterpret_cast<const char*>(file.bytes().data()),
+          static_cast<std::size_t>(file.bytes().size())};
+}
+
 /// Lines of JSON, to stdout and to a file.
 class step_log {
  public:
@@ -52,14 +66,12 @@ class step_log {
     std::error_code unknown;  // then opening says why
     if (!fs::exists(name_, unknown)) return {};
     const io::mapped_file mapped(name_);
-    std::string_view rest(reinterpret_cast<const char*>(mapped.bytes().data()),
-                          static_cast<std::size_t>(mapped.bytes().size()));
+    std::string_view rest = text_of(mapped);
     std::string kept;
     for (std::size_t end; (end = rest.find('\n')) != std::string_view::npos;) {
       const std::string_view line = rest.substr(0, end + 1);
-      const json found = json::parse(line, nullptr, /*allow_exceptions=*/false);
-      const bool good = found.is_object() && found.value("step", json()).is_number_integer();
-      if (!good || found.at("step").get<index_t>() > steps) break;
+      const std::optional<index_t> step = step_of(line);
+      if (!step || *step > steps) break;
       kept += line;
       rest.remove_prefix(end + 1);
     }
@@ -103,6 +115,12 @@ void step_through(trainer& train, step_log& log, const run_options& options, con
 }
 
 }  // namespace
+
+bool may_be_log(const std::string& file) {
+  const io::mapped_file mapped(file);
+  const std::string_view all = text_of(mapped);
+  return all.empty() || step_of(all.substr(0, all.find('\n')));
+}
 
 void run_training(trainer& train, io::atomic_directory& out, const json& setting,
                   const run_options& options) {

@@ -20,11 +20,14 @@ struct run_options {
   std::function<void(qeft::index_t step)> after_step;
 };
 
+/// Whether a file is empty, or begins as the logs of run_training do.
+bool may_be_log(const std::string& file);
+
 /// The trainer's state in the partial directory of a run.
 inline constexpr const char* checkpoint_file = "checkpoint.safetensors";
 
 /// Runs all steps, or those that a run left to do whose state is in out.partial(). Progress on
-/// stderr. What an error or a signal interrupts stays there once something is saved, unless the
+/// stderr. A log there is replaced, but for the steps before those to do. What an error or a signal interrupts stays there once something is saved, unless the
 /// same command would only come to the error again.
 ///
 /// Objects of the log: step, loss, rate, gradient_norm, tokens_per_second and, where it was

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tuning_method.hpp"
 
+#include <algorithm>
 #include <memory>
 #include <utility>
 
@@ -60,7 +61,12 @@ void check_model(tuning_method method, const model_config& config, const std::st
   if (!config.quantization) {
     refuse("which is not quantised", "what `qeft-llm quantize` wrote");
   }
-  for (const auto& [name, d] : config.quantization->layers) {
+  const auto& layers = config.quantization->layers;
+  const auto has_weak = [](const auto& layer) { return layer.second.weak_columns > 0; };
+  if (tunes_weak_columns(method) && std::none_of(layers.begin(), layers.end(), has_weak)) {
+    refuse("which has no weak columns", "quantised with --weak-columns");
+  }
+  for (const auto& [name, d] : layers) {
     if (method == tuning_method::owq && d.weak != qeft::weak_kind::indexed) {
       refuse(text("whose ", name, " has weak columns of kind ", qeft::to_string(d.weak)),
              "quantised with --reorder off");

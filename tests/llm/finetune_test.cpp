@@ -156,6 +156,17 @@ void run_and_die(finetune_options o, index_t step, unsigned microseconds = 0) {
   if (step > 0) REQUIRE((WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL));
 }
 
+/// What a shell command writes to stdout; it must succeed.
+std::string output_of(const std::string& command) {
+  std::FILE* pipe = ::popen(command.c_str(), "r");
+  REQUIRE(pipe != nullptr);
+  std::string text;
+  char buffer[4096];
+  while (const std::size_t n = std::fread(buffer, 1, sizeof buffer, pipe)) text.append(buffer, n);
+  CHECK(::pclose(pipe) == 0);
+  return text;
+}
+
 }  // namespace
 
 TEST_CASE("tuning lowers the loss, and the merged model has the training's validation loss") {
@@ -212,13 +223,25 @@ TEST_CASE("a killed run goes on where it was, to the same bytes and the same log
       CHECK(is_as_expected());
     }
   }
+  // At random moments, which lie closer or further apart until enough are behind a checkpoint.
+  o.checkpoint_every = 1;
   random_source random(5);
-  for (int i = 0; i < 10; ++i) {
-    run_and_die(o, 0, static_cast<unsigned>(random.integer(1000, 150000)));
+  double latest = 1.5e5;  // microseconds
+  int gone_on = 0;
+  for (int i = 0; i < 10 || (gone_on < 3 && i < 100); ++i) {
+    run_and_die(o, 0, static_cast<unsigned>(random.integer(1000, std::llround(latest))));
+    if (fs::exists(o.out)) {
+      latest = std::max(latest / 1.5, 2e3);
+    } else if (fs::exists(w.dir / "out.unfinished.partial/checkpoint.safetensors")) {
+      ++gone_on;
+    } else {
+      latest *= 1.5;
+    }
     if (!fs::exists(o.out)) REQUIRE(run_finetune(o) == 0);
     fs::remove_all(w.dir / "out.unfinished.partial");  // of one that was killed at its very end
     CHECK(is_as_expected());
   }
+  CHECK(gone_on >= 3);
 }
 
 TEST_CASE("an error costs no more than what is done since the last checkpoint") {
@@ -300,8 +323,30 @@ TEST_CASE("what is wrong is said, and nothing is left") {
   CHECK(refused(bad, [](auto& o) { o.l2_sp = -2; }, {"--l2-sp is -2"}));
   CHECK(refused(bad, [](auto& o) { o.weight_decay = -2; }, {"--weight-decay is -2"}));
   CHECK(refused(bad, [](auto& o) { o.warmup = -2; }, {"--warmup is -2"}));
-  // A rate at which 16 bits overflow, behind a checkpoint.
-  CHECK(refused(errc::not_finite, [](auto& o) { o.rate = 3e4; }, {"step ", "--lr (here 30000)"}));
+  // A rate at which 16 bits overflow, behind a checkpoint, and before any validation.
+  const auto overflow = [](auto& o) {
+    o.rate = 3e4;
+    o.eval_every = 0;
+  };
+  CHECK(refused(errc::not_finite, overflow, {"step ", "--lr (here 30000)"}));
+
+  CHECK(refused(bad, [](auto& o) { o.template_name = "tool"; },
+                {"--template is tool", "without messages"}));
+  CHECK(refused(bad, [](auto& o) { o.too_long = long_records::cut; },
+                {"--long-records is cut", "for a text"}));
+  quantize_options q;
+  q.model = w.path("full");
+  q.out = w.path("none");
+  q.layer.method = qeft::solver::layer_method::rtn;
+  q.layer.group_size = 32;
+  q.weak_columns = 0;
+  q.order = column_order::natural;
+  q.calibration = w.path("data.txt");
+  q.samples = 6;
+  q.seq_len = 32;
+  REQUIRE(run_quantize(q) == 0);
+  CHECK(refused(bad, [&](auto& o) { o.model = q.out; },
+                {"--model is ", "no weak columns", "--weak-columns"}));
 
   struct rlimit old {};
   ::getrlimit(RLIMIT_FSIZE, &old);
@@ -313,6 +358,93 @@ TEST_CASE("what is wrong is said, and nothing is left") {
   ::setrlimit(RLIMIT_FSIZE, &old);
   std::signal(SIGXFSZ, handler);
   CHECK(full);
+}
+
+TEST_CASE("a log replaces a log, and nothing else") {
+  const workplace w;
+  const auto refused = [&](const std::string& log, std::initializer_list<const char*> why) {
+    finetune_options o = w.options();
+    o.log = log;
+    const std::string before = fs::is_regular_file(log) ? read_all(log) : "";
+    return w.refused(o, errc::invalid_argument, why) &&
+           before == (fs::is_regular_file(log) ? read_all(log) : "");
+  };
+  CHECK(refused(w.path("data.txt"), {"--log is ", "another file than --data"}));
+  CHECK(refused(w.path("model/../data.txt"), {"another file than --data"}));
+  CHECK(refused(w.path("held.txt"), {"another file than --validation"}));
+  CHECK(refused(w.path("out"), {"another file than --out"}));
+  fs::create_hard_link(w.dir / "data.txt", w.dir / "link");
+  CHECK(refused(w.path("link"), {"another file than --data"}));
+  CHECK(refused(w.path("model"), {"--log is ", "a log to replace"}));
+  for (const char* content : {"text\n", "{\"a\": 1}\n", "[1]\n", "{\"step\": 0.5}\n", "\n", "7"}) {
+    write_all(w.dir / "notes", content);
+    CHECK(refused(w.path("notes"), {"--log is ", "a log to replace", "first line"}));
+  }
+  finetune_options o = w.options();
+  for (const char* content : {"", "{\"step\": 3}", "{\"step\": 0}\n{\"step\": 1}\n"}) {
+    write_all(w.dir / "log", content);
+    REQUIRE(run_finetune(o) == 0);
+    CHECK(w.log().size() == 7);
+    fs::remove(o.out);
+  }
+}
+
+TEST_CASE("a run that stops being finite leaves the best that it found") {
+  const workplace w;
+  finetune_options o = w.options();
+  o.eval_every = 1;
+  // Takes the values further back with every step, and always too far.
+  o.l2_sp = 100 / o.rate;
+  o.steps = 3;
+  REQUIRE(run_finetune(o) == 0);
+  const std::string expected = read_all(o.out);
+  const auto log = w.log();
+  const auto best = std::min_element(log.begin(), log.end(), [](const json& a, const json& b) {
+    return a.at("validation_loss") < b.at("validation_loss");
+  });
+  REQUIRE(best->at("step") > 0);
+  fs::remove(o.out);
+  o.steps = 9;
+  const std::string step = "out holds the adapter of step " + best->at("step").dump() + ",";
+  CHECK(throws_with(errc::not_finite, {"step 5: ", "--lr (here", step.c_str()},
+                    [&] { run_finetune(o); }));
+  CHECK(read_all(o.out) == expected);
+  CHECK(w.dir.files() == texts{"data.txt", "full", "held.txt", "log", "model", "out"});
+}
+
+TEST_CASE("an adapter that changes nothing is called so") {
+  const workplace w;
+  write_all(w.dir / "held.txt", "zyxwzyxwzyxw");
+  const auto said = [&](const std::string& data) {
+    const std::string command = "exec 2>&1; '" QEFT_LLM "' finetune --model '" + w.path("model") +
+                                "' --data '" + w.path("data.txt") + "' --validation '" +
+                                w.path(data) + "' --out '" + w.path("out") +
+                                "' --seq-len 32 --batch 3 --steps 6 --lr 3e-3 --threads 2";
+    const std::string text = output_of(command);
+    CHECK(fs::remove(w.dir / "out"));
+    return text;
+  };
+  const std::string notice = "no step improved the validation loss; the adapter changes nothing";
+  CHECK(said("held.txt").find(notice) != std::string::npos);
+  CHECK(said("data.txt").find(notice) == std::string::npos);
+}
+
+TEST_CASE("a merged model is not tuned, and a finished run names what was left of it") {
+  const workplace w;
+  finetune_options o = w.options();
+  o.steps = 1;
+  REQUIRE(run_finetune(o) == 0);
+  merge_options m;
+  m.model = o.model;
+  m.out = w.path("merged");
+  m.adapters = {o.out};
+  REQUIRE(run_merge(m) == 0);
+  fs::create_directory(w.dir / "out.unfinished.partial");
+  CHECK(
+      w.refused(o, errc::invalid_argument, {"--out is ", "out.unfinished.partial is of the run"}));
+  o.model = m.out;
+  o.out = w.path("another");
+  CHECK(w.refused(o, errc::invalid_argument, {"--model is ", "merged", "unmerge"}));
 }
 
 TEST_CASE("the command: records, a share that validates, and JSON") {
@@ -327,12 +459,7 @@ TEST_CASE("the command: records, a share that validates, and JSON") {
                                 w.path("model") + "' --data '" + w.path("data.jsonl") +
                                 "' --out '" + w.path("out") +
                                 "' --seq-len 64 --batch 4 --lr 3e-3 --threads 2 --json " + more;
-    std::FILE* pipe = ::popen(command.c_str(), "r");
-    REQUIRE(pipe != nullptr);
-    std::string text;
-    char buffer[4096];
-    while (const std::size_t n = std::fread(buffer, 1, sizeof buffer, pipe)) text.append(buffer, n);
-    CHECK(::pclose(pipe) == 0);
+    std::string text = output_of(command);
     std::vector<json> lines;
     while (!text.empty()) {
       lines.push_back(json::parse(text.substr(0, text.find('\n'))));
@@ -354,4 +481,7 @@ TEST_CASE("the command: records, a share that validates, and JSON") {
   CHECK(result.at("validation_samples") == 4);
   CHECK(result.at("best_loss").get<double>() < result.at("start_loss").get<double>());
   CHECK(run("--steps 2 --validation-share 0").back().at("best_loss").is_null());
+
+  const std::string zero = "2>&1 '" QEFT_LLM "' finetune --model m --data d --out o --steps 0";
+  CHECK(output_of(zero + " || true").find("--steps: Value 0 not in range") != std::string::npos);
 }
