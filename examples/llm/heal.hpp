@@ -17,12 +17,15 @@ struct heal_options {
   std::string text;       // of which windows are drawn
   std::string out;        // directory to write
   std::vector<std::string> train = {"weak", "scales", "norms"};
-  qeft::index_t seq_len = 512;           // tokens of a sample
-  qeft::index_t steps = 200;             // of the optimiser
-  qeft::index_t batch = 2;               // samples per step
-  double rate = 1e-3;                    // of the weak columns
-  double scale_rate = 1e-3;              // of the scales, relative to them
-  double norm_rate = 1e-3;               // of the norms, relative to them
+  qeft::index_t seq_len = 512;  // tokens of a sample
+  qeft::index_t steps = 90;     // of the optimiser
+  qeft::index_t batch = 8;      // samples per step
+  // Of weak columns, scales and norms: the share of the loss that a step would take off if all
+  // gradients were as large as those of single samples and without noise (see
+  // healed_model::calibrate).
+  double rate = 0.3;
+  double scale_rate = 0.3;
+  double norm_rate = 0.3;
   qeft::index_t warmup = 10;             // steps at most; behind it the rates fall to 0 as a cosine
   double clip = 0;                       // of the gradient's norm, 0 for none
   qeft::index_t validation_windows = 8;  // of the text, to choose and report by; 0 for none

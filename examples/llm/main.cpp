@@ -276,11 +276,10 @@ void add_heal(CLI::App& command, heal_options& o, std::string& device) {
   command.add_option("--steps", o.steps, "of the optimiser")->capture_default_str();
   command.add_option("--batch", o.batch, "samples per step")->capture_default_str();
   command.add_option("--seq-len", o.seq_len, "tokens of a sample")->capture_default_str();
-  command.add_option("--lr", o.rate, "learning rate of the weak columns")->capture_default_str();
-  command.add_option("--scale-lr", o.scale_rate, "of the scales, relative to their size")
+  command.add_option("--lr", o.rate, "learning rate of the weak columns, as a share of the loss")
       ->capture_default_str();
-  command.add_option("--norm-lr", o.norm_rate, "of the norms, relative to them")
-      ->capture_default_str();
+  command.add_option("--scale-lr", o.scale_rate, "of the scales, likewise")->capture_default_str();
+  command.add_option("--norm-lr", o.norm_rate, "of the norms, likewise")->capture_default_str();
   command
       .add_option("--warmup", o.warmup,
                   "steps in which the learning rates rise, at most a quarter of --steps; behind "
