@@ -73,9 +73,9 @@ struct healing_case {
         sample(masked_sample(quantised.tokens(c.tokens))) {}
 
   json full_config() const {
-    json source = json::parse(read_all(quantised.directory / "config.json"));
-    source.erase("quantization_config");
-    return source;
+    json of_quantised = json::parse(read_all(quantised.directory / "config.json"));
+    of_quantised.erase("quantization_config");
+    return of_quantised;
   }
 
   healed_model load(int threads = 2, const healed_parts& parts = {}) const {
@@ -453,12 +453,12 @@ struct workplace {
     windows.resize(static_cast<std::size_t>(o.validation_windows));
     const model_source source(checkpoint);
     const model_source full(o.reference);
-    healed_model model(qeft::on_host(1), source, full);
+    healed_model healed(qeft::on_host(1), source, full);
     double sum = 0;
     double counted = 0;
     for (const std::vector<int>& w : windows) {
       const training_sample s = sample_of(w);
-      sum += model.loss(s);
+      sum += healed.loss(s);
       counted += static_cast<double>(w.size() - 1);
     }
     return sum / counted;
