@@ -200,7 +200,9 @@ class finetuning {
       const bool has_best = train.best() && train.best()->step > 0;
       if (e.code() != errc::not_finite || !has_best) throw;
       train.take_best();
+      out.keep();  // should the adapter not be written
       write(model);
+      out.keep(false);
       fail(errc::not_finite, text(e.what(), "; ", o_.out, " holds the adapter of step ",
                                   train.best()->step, ", which validated best"));
     }
