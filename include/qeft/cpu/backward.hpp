@@ -46,10 +46,10 @@ void scale_gradient_by_definition(const on_host& exec, const View& w, const floa
         const index_t first = g * w.columns_per_group;
         float sum = 0.0F;
         for (index_t i = first; i < first + w.columns_per_group && i < w.dense_columns(); ++i) {
-          const float* column = x + w.weak.dense_column(i, w.in_channels);
+          const index_t column = w.weak.dense_column(i, w.in_channels);
           float of_weight = 0.0F;
           for (index_t t = 0; t < tokens; ++t) {
-            of_weight += dy[t * w.out_channels + n] * column[t * w.in_channels];
+            of_weight += dy[t * w.out_channels + n] * x[t * w.in_channels + column];
           }
           sum += of_weight * scaled_code(w, n, i);
         }
