@@ -27,8 +27,9 @@ bool may_be_log(const std::string& file);
 inline constexpr const char* checkpoint_file = "checkpoint.safetensors";
 
 /// Runs all steps, or those that a run left to do whose state is in out.partial(). Progress on
-/// stderr. A log there is replaced, but for the steps before those to do. What an error or a signal interrupts stays there once something is saved, unless the
-/// same command would only come to the error again.
+/// stderr. A log is replaced, but for the steps before those to do. What an error or a signal
+/// interrupts stays in out.partial() once something is saved, unless the same command would only
+/// come to the error again.
 ///
 /// Objects of the log: step, loss, rate, gradient_norm, tokens_per_second and, where it was
 /// measured, validation_loss; one of step 0 has the validation loss before training alone.

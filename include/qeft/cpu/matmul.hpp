@@ -157,7 +157,7 @@ status supports_gemm(const Executor&, const quantized_matrix<L, M>& w, const X* 
 /// @param y        (tokens, OC) row-major, must not overlap x; float, half_bits or bf16_bits
 /// @param epilogue what happens to an output before it is stored; see thread/epilogue.hpp
 /// @return what supports_gemm says, and errc::out_of_memory: the packed activations of up to 192
-///         tokens are allocated per call. On failure y is untouched, unless it was the epilogue that
+///         tokens are allocated per call. On failure y is untouched, unless the epilogue
 ///         threw: qeft::error and std::bad_alloc come back as a status, anything else goes on
 template <class Executor, class F, class W, class L, class X, class Y,
           class Epilogue = epilogue::none, class = cpu::detail::if_host<Executor>>
