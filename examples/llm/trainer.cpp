@@ -101,13 +101,12 @@ double number(const io::json_fields& fields, const char* key) {
 index_t steps_of(index_t samples, index_t batch) { return qeft::ceil_div(samples, batch); }
 
 trainer::trainer(const qeft::on_host& exec, trainable& model, const trainer_options& options,
-                 const std::vector<training_sample>& training,
-                 const std::vector<training_sample>& validation)
+                 std::vector<training_sample> training, std::vector<training_sample> validation)
     : exec_(exec),
       model_(model),
       options_(options),
-      training_(training),
-      validation_(validation),
+      training_(std::move(training)),
+      validation_(std::move(validation)),
       dropout_{static_cast<float>(options.weak_dropout),
                qeft::counter_bits(options.seed, for_dropout)} {
   if (options_.steps < 1) refuse_setting("steps", options_.steps, "at least 1");

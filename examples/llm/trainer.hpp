@@ -65,11 +65,10 @@ qeft::index_t steps_of(qeft::index_t samples, qeft::index_t batch);
 /// The same for any number of threads, and whether it runs in one go or is gone on with.
 class trainer {
  public:
-  /// @param model, training, validation live as long as this object; the model is as at the start
+  /// @param model lives as long as this object, and is as at the start
   /// @throws qeft::error naming an option that is out of range, or a sample without counted tokens
   trainer(const qeft::on_host& exec, trainable& model, const trainer_options& options,
-          const std::vector<training_sample>& training,
-          const std::vector<training_sample>& validation);
+          std::vector<training_sample> training, std::vector<training_sample> validation);
 
   /// Steps done.
   qeft::index_t step() const noexcept { return step_; }
@@ -129,8 +128,8 @@ class trainer {
   qeft::on_host exec_;
   trainable& model_;
   trainer_options options_;
-  const std::vector<training_sample>& training_;
-  const std::vector<training_sample>& validation_;
+  std::vector<training_sample> training_;
+  std::vector<training_sample> validation_;
   qeft::weak_dropout dropout_;
   qeft::index_t step_ = 0;
   std::vector<numbers> initial_;  // with l2_sp or dropout; one per parameter, and so below
