@@ -84,8 +84,9 @@ void add_quantize(CLI::App& command, quantize_options& o, preset& chosen, std::s
   add_choice<preset>(
       command, "--preset", chosen,
       "what other options leave open: paper (its algorithm: --order natural --asymmetric 0 "
-      "--search-weights equal --refine 0), default (--order sensitivity --asymmetric 0.5 "
-      "--search-weights solver --refine 1) or small (default, --group-size 64)",
+      "--search-weights equal --refine 0 --damping 0.01), default (--order sensitivity "
+      "--asymmetric 0.5 --search-weights solver --refine 1 --damping 0.3) or small (default, "
+      "--group-size 64)",
       {{"paper", preset::paper}, {"default", preset::standard}, {"small", preset::small}});
   command.add_option("--calibration", o.calibration, "text file of calibration data");
   command.add_option("--bits", o.layer.bits, "bits per code")
@@ -134,7 +135,7 @@ void add_quantize(CLI::App& command, quantize_options& o, preset& chosen, std::s
   command
       .add_option("--damping", o.layer.damping.damping,
                   "of the Hessian, as a fraction of its mean diagonal")
-      ->capture_default_str();
+      ->default_str(by_preset);
   command.add_flag("--robust-damping", o.layer.damping.robust_mean,
                    "leave the weak columns out of that mean");
   add_choice<qeft::selection_metric>(

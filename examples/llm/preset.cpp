@@ -15,6 +15,8 @@ void apply(preset chosen, const std::function<bool(const std::string& option)>& 
         search.weighted = true;
       }
       if (!given("--refine")) o.layer.refine_rounds = 1;
+      // More than the solver needs: the calibration text is not the only text.
+      if (!given("--damping")) o.layer.damping.damping = 0.3;
     }
   }
   if (search.weighted && !given("--norm")) search.norm = 2.0;

@@ -671,7 +671,8 @@ TEST_CASE("a preset decides what was not asked for, and nothing else") {
   };
   const auto is_paper = [](const quantize_options& o) {
     return o.order == column_order::natural && !o.is_asymmetric() && !o.layer.search.weighted &&
-           o.layer.search.norm == 2.4 && o.layer.refine_rounds == 0 && o.layer.group_size == 128;
+           o.layer.search.norm == 2.4 && o.layer.refine_rounds == 0 &&
+           o.layer.damping.damping == 0.01 && o.layer.group_size == 128;
   };
   CHECK(is_paper(resolved(preset::paper, {})));
   for (const preset p : {preset::standard, preset::small}) {
@@ -680,9 +681,10 @@ TEST_CASE("a preset decides what was not asked for, and nothing else") {
     CHECK((o.asymmetric.input == 0.5 && o.asymmetric.stream == 0.5));
     CHECK((o.layer.search.weighted && o.layer.search.norm == 2.0));
     CHECK(o.layer.refine_rounds == 1);
+    CHECK(o.layer.damping.damping == 0.3);
     CHECK(o.layer.group_size == (p == preset::small ? 64 : 128));
-    CHECK(is_paper(resolved(
-        p, {"--order", "--asymmetric", "--search-weights", "--norm", "--refine", "--group-size"})));
+    CHECK(is_paper(resolved(p, {"--order", "--asymmetric", "--search-weights", "--norm", "--refine",
+                                "--damping", "--group-size"})));
   }
   quantize_options asked;
   asked.layer.act_order = true;
@@ -719,14 +721,14 @@ TEST_CASE("the options of a preset reach the model") {
   CHECK(by_default.first.at("search") == "weighted");
   CHECK(by_default.first.at("refine") == 1);
   CHECK(made_by("--preset default --order sensitivity --asymmetric 0.5 --search-weights solver "
-                "--refine 1") == by_default);
+                "--refine 1 --damping 0.3") == by_default);
   CHECK(made_by("--preset small") == by_default);  // the group size is given
   const auto paper = made_by("--preset paper");
   CHECK_FALSE(mentions_any(paper.first.dump(), {"\"order\"", "asymmetric", "weighted", "refine"}));
-  CHECK(made_by("--order natural --asymmetric 0 --search-weights equal --norm 2.4 --refine 0") ==
-        paper);
+  CHECK(made_by("--order natural --asymmetric 0 --search-weights equal --norm 2.4 --refine 0 "
+                "--damping 0.01") == paper);
   for (const char* one : {"--order natural", "--asymmetric 0.25", "--search-weights equal",
-                          "--norm 3", "--refine 0"}) {
+                          "--norm 3", "--refine 0", "--damping 0.1"}) {
     const auto other = made_by(one);
     INFO(one);
     CHECK(other.second != by_default.second);

@@ -34,6 +34,7 @@ inline void check(const damping_options& o) {
 struct inverse_factor {
   host_buffer<float> u;                   // (n, n) row-major, upper triangular, diagonal positive
   double damping = 0.0;                   // lambda that succeeded
+  double added = 0.0;                     // to the diagonal by it
   std::vector<std::int32_t> dead_inputs;  // columns of H with H_jj = 0, ascending
 };
 
@@ -125,6 +126,43 @@ inline bool reversed_inverse(const on_host& exec, const double* l, index_t n, fl
 
 }  // namespace detail
 
+/// What a damping of 1 adds to the diagonal of a Hessian: the mean of the diagonal over the live
+/// inputs (H_jj > 0) among the first `count` of `order`, or 1 if there are none. A negative H_jj is
+/// errc::not_positive_definite.
+/// @param h (n, n)  @param order  (n)
+inline double mean_diagonal(span<const float> h, const permutation& order, index_t count) {
+  const index_t n = order.size();
+  double sum = 0.0;
+  index_t live = 0;
+  for (index_t p = 0; p < n; ++p) {
+    const auto d = static_cast<double>(h[order[p] * (n + 1)]);
+    if (d < 0.0) {
+      fail(errc::not_positive_definite, text("the Hessian's diagonal cannot be negative, but H[",
+                                             order[p], "][", order[p], "] is ", d));
+    }
+    if (d > 0.0 && p < count) {
+      sum += d;
+      ++live;
+    }
+  }
+  return live == 0 ? 1.0 : sum / static_cast<double>(live);
+}
+
+/// H + added * I, where dead inputs (H_jj = 0) stay dead.
+/// @param h (n, n)
+inline host_buffer<float> damped_hessian(const on_host& exec, span<const float> h, index_t n,
+                                         double added) {
+  host_buffer<float> damped(static_cast<std::size_t>(n * n));
+  exec.parallel_for(n, 16, [&](index_t begin, index_t end) {
+    std::copy(h.data() + begin * n, h.data() + end * n, damped.data() + begin * n);
+    for (index_t j = begin; j < end; ++j) {
+      float& diagonal = damped[static_cast<std::size_t>(j * (n + 1))];
+      if (diagonal > 0.0F) diagonal += static_cast<float>(added);
+    }
+  });
+  return damped;
+}
+
 /// Factors the damped Hessian in reversed order. With J the reversal and J H J = L L^T (an ordinary
 /// Cholesky factorisation), R = J L J is upper triangular and H = R R^T. Then H^-1 = R^-T R^-1, so
 /// U = R^-1 = J L^-1 J is upper triangular with U^T U = H^-1: the upper Cholesky factor of H^-1,
@@ -150,24 +188,11 @@ inline inverse_factor factor_inverse(const on_host& exec, span<const float> h,
   check_finite(exec, h.data(), n, n, "factor_inverse: the Hessian");
   check_symmetric(exec, h.data(), n, "factor_inverse: the Hessian");
 
+  const double mean = mean_diagonal(h, order, options.robust_mean ? robust : n);
   inverse_factor result;
-  double sum = 0.0;
-  index_t live = 0;
-  for (index_t p = 0; p < n; ++p) {
-    const double d = static_cast<double>(h[order[p] * (n + 1)]);
-    if (d < 0.0) {
-      fail(errc::not_positive_definite,
-           text("factor_inverse: H[", order[p], "][", order[p], "] is ", d,
-                ", but a Hessian's diagonal cannot be negative"));
-    }
-    if (d == 0.0) result.dead_inputs.push_back(static_cast<std::int32_t>(order[p]));
-    if (d > 0.0 && (p < robust || !options.robust_mean)) {
-      sum += d;
-      ++live;
-    }
+  for (index_t j = 0; j < n; ++j) {
+    if (h[j * (n + 1)] == 0.0F) result.dead_inputs.push_back(static_cast<std::int32_t>(j));
   }
-  std::sort(result.dead_inputs.begin(), result.dead_inputs.end());
-  const double mean = live == 0 ? 1.0 : sum / static_cast<double>(live);
 
   host_buffer<double> a(static_cast<std::size_t>(n * n));
   result.u.resize(static_cast<std::size_t>(n * n));
@@ -188,6 +213,7 @@ inline inverse_factor factor_inverse(const on_host& exec, span<const float> h,
     if (detail::cholesky_lower(exec, a.data(), n) &&
         detail::reversed_inverse(exec, a.data(), n, result.u.data())) {
       result.damping = lambda;
+      result.added = lambda * mean;
       return result;
     }
   }

@@ -35,6 +35,15 @@ inline void check_layer(const on_host& exec, span<const float> w, index_t out_ch
   check_matrix(exec, mismatch, out_channels, in_channels, "quantize_layer: the mismatch");
 }
 
+/// What damping adds to the diagonal of `h` where no solver has factored it.
+inline double refine_damping(const layer_builder& builder, const layer_options& o,
+                             span<const float> h) {
+  const layout::extent e = builder.extent();
+  const permutation positions(make_solve_order(builder, o, h).input);
+  const index_t counted = o.damping.robust_mean ? e.dense : e.dense + e.weak;
+  return o.damping.damping * mean_diagonal(h, positions, counted);
+}
+
 class stopwatch {
  public:
   /// Seconds since construction or the last call.
@@ -51,7 +60,8 @@ class stopwatch {
 
 }  // namespace detail
 
-/// Quantises W by RTN or OPTQ, then refines it as often as the options say. The result does not
+/// Quantises W by RTN or OPTQ, then refines it as often as the options say, with the Hessian damped
+/// as for the solver. The result does not
 /// depend on the number of threads and never holds NaN or infinity: what is not finite in `w` or
 /// `h` is an error that names row and column, a Hessian that no damping repairs is
 /// errc::not_positive_definite, and a group or weak column that leaves the range of its 16-bit type
@@ -74,8 +84,10 @@ inline layer_result quantize_layer(const on_host& exec, span<const float> w, ind
   detail::layer_builder builder(out_channels, in_channels, options);
   layer_result result;
   detail::stopwatch watch;
+  double added = 0.0;  // to the diagonal of H
   if (options.method == layer_method::rtn) {
     detail::solve_rtn(exec, w.data(), in_channels, options, builder);
+    if (options.refine_rounds > 0) added = detail::refine_damping(builder, options, h);
   } else {
     const detail::solve_order order = detail::make_solve_order(builder, options, h);
     const permutation positions(order.input);
@@ -88,12 +100,14 @@ inline layer_result quantize_layer(const on_host& exec, span<const float> w, ind
     }
     detail::optq_solver(w.data(), options, order, factor, builder).run(exec);
     result.report.damping = factor.damping;
+    added = factor.added;
     result.report.dead_inputs = std::move(factor.dead_inputs);
   }
   result.matrix = std::move(builder).finish();
   result.report.solve_seconds = watch.lap();
   if (options.refine_rounds > 0) {
-    result.matrix = refine(exec, w, h, std::move(result.matrix), options.refine_rounds).matrix;
+    const host_buffer<float> damped = damped_hessian(exec, h, in_channels, added);
+    result.matrix = refine(exec, w, damped, std::move(result.matrix), options.refine_rounds).matrix;
     result.report.refine_seconds = watch.lap();
   }
   if (options.measure_error) {

@@ -464,9 +464,9 @@ inline void check_refine(const on_host& exec, span<const float> w, span<const fl
 /// (H_jj = 0). In (1) and (2) weak columns are eliminated: the steps minimise what is left of E
 /// when they follow. Parameters and codes that change it by no more than rounding stay too.
 ///
-/// E is that of the calibration tokens, undamped, and few tokens are overfitted: refinement needs
-/// at least four tokens per input channel to be of use. At 1.25 per channel E on other text rises
-/// (by 4 % where it was measured); from four on it falls.
+/// E is of `h` as it is given. An undamped Hessian is overfitted where its tokens are few (at 1.25
+/// per input channel E on text of the same kind rose by 4 %, from four on it fell) and where other
+/// text is met; damped_hessian makes one that is not.
 ///
 /// A row's round counts only if E of that row, computed in double from what would be stored, falls:
 /// more rounds never raise E of any row. The result does not depend on the number of threads.
@@ -474,7 +474,7 @@ inline void check_refine(const on_host& exec, span<const float> w, span<const fl
 /// What is not finite in `w` or `h` is an error that names row and column, and a Hessian that is
 /// not positive semidefinite may be errc::not_positive_definite.
 /// @param w (out_channels, in_channels), row-major: what the layer should be
-/// @param h (in_channels, in_channels), symmetric, undamped
+/// @param h (in_channels, in_channels), symmetric
 inline refine_result refine(const on_host& exec, span<const float> w, span<const float> h,
                             quantized_matrix<> m, int rounds) {
   detail::check_refine(exec, w, h, m.descriptor(), rounds);

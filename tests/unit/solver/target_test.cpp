@@ -352,13 +352,21 @@ TEST_CASE("bad moments and mismatches are errors that name them") {
                     qeft_test::contains("U has 1599 elements, but must have 40^2"));
 }
 
-TEST_CASE("a layer is refined towards the target, as its last step") {
+TEST_CASE("a layer is refined towards the target, as its last step, with the Hessian damped") {
   const on_host exec(2);
   const problem p = make_problem(48, 96, 17);
+  constexpr double damping = 0.3;
+  std::vector<float> damped(p.h.begin(), p.h.end());
+  double trace = 0.0;
+  for (std::size_t j = 0; j < damped.size(); j += 97) trace += static_cast<double>(damped[j]);
+  for (std::size_t j = 0; j < damped.size(); j += 97) {
+    damped[j] += static_cast<float>(damping * trace / 96);
+  }
   for (const bool weak : {false, true}) {
     for (const auto method : {qeft::solver::layer_method::optq, qeft::solver::layer_method::rtn}) {
       layer_options o;
       o.method = method;
+      o.damping.damping = damping;
       o.group_size = 32;
       if (weak) o.weak_columns = p.outliers;
       const bool optq = method == qeft::solver::layer_method::optq;
@@ -368,8 +376,10 @@ TEST_CASE("a layer is refined towards the target, as its last step") {
       o.refine_rounds = 2;
       const layer_result refined = solve(exec, p, o, m);
       CHECK(*refined.report.output_error < 0.99 * *plain.report.output_error);
+      CHECK_FALSE(same_bytes(refined.matrix,
+                             qeft::solver::refine(exec, target, p.h, plain.matrix, 2).matrix));
       CHECK(same_bytes(refined.matrix,
-                       qeft::solver::refine(exec, target, p.h, plain.matrix, 2).matrix));
+                       qeft::solver::refine(exec, target, damped, plain.matrix, 2).matrix));
     }
   }
   layer_options o;
