@@ -103,7 +103,7 @@ prepare_data() {
 step "Packages"
 if ! require_packages g++ clang cmake ninja-build catch2 libeigen3-dev nlohmann-json3-dev \
   libcli11-dev libpcre2-dev libutf8proc-dev pkg-config libbenchmark-dev python3-venv qemu-user \
-  python3-jinja2 python3-numpy; then
+  python3-jinja2 python3-numpy libopenmpi-dev openmpi-bin; then
   printf '0 passed, 1 failed, 0 skipped\n'
   exit 1
 fi

@@ -169,8 +169,8 @@ std::string tokens_of(const std::vector<training_sample>& samples) {
 
 class finetuning {
  public:
-  explicit finetuning(const finetune_options& options)
-      : o_(options), exec_(options.threads), source_(options.model) {
+  finetuning(const finetune_options& options, communicator& ranks)
+      : o_(options), ranks_(ranks), exec_(options.threads), source_(options.model) {
     check_model(o_.method, source_.config(), o_.model);
     if (is_merged(o_.model)) {
       refuse_tuning(
@@ -183,8 +183,11 @@ class finetuning {
   void run() {
     read_data();
     const trainer_options how = training();
-    io::atomic_directory out(o_.out, io::leftovers::reuse);
-    out.keep(out.resumed());  // an error does not cost what a kill left
+    std::optional<io::atomic_directory> out;  // of rank 0
+    if (ranks_.is_first()) {
+      out.emplace(o_.out, io::leftovers::reuse);
+      out->keep(out->resumed());  // an error does not cost what a kill left
+    }
     tuned model(exec_, source_, o_);
     std::fprintf(stderr,
                  "method %s: %lld parameters; per token, the linears keep %lld bytes for backward; "
@@ -192,24 +195,30 @@ class finetuning {
                  to_string(o_.method), static_cast<long long>(model.size()),
                  static_cast<long long>(model.saved_bytes_per_token()),
                  static_cast<long long>(model.optimiser_bytes()));
-    trainer train(exec_, model, how, samples_, validation_);
+    trainer train(exec_, model, how, samples_, validation_, ranks_);
     try {
-      run_training(train, out, describe(how),
+      run_training(train, out ? &*out : nullptr, describe(how),
                    {o_.log, o_.json, o_.checkpoint_every, o_.after_step});
     } catch (const qeft::error& e) {
       const bool has_best = train.best() && train.best()->step > 0;
       if (e.code() != errc::not_finite || !has_best) throw;
       train.take_best();
-      out.keep();  // should the adapter not be written
-      write(model);
-      out.keep(false);
+      together(ranks_, [&] {
+        if (!out) return;
+        out->keep();  // should the adapter not be written
+        write(model);
+        out->keep(false);
+      });
       fail(errc::not_finite, text(e.what(), "; ", o_.out, " holds the adapter of step ",
                                   train.best()->step, ", which validated best"));
     }
     train.take_best();
-    write(model);
-    out.keep(false);
-    report(train, model, how);
+    together(ranks_, [&] {
+      if (!out) return;
+      write(model);
+      out->keep(false);
+      report(train, model, how);
+    });
   }
 
  private:
@@ -335,6 +344,7 @@ class finetuning {
   }
 
   finetune_options o_;
+  communicator& ranks_;
   qeft::on_host exec_;
   model_source source_;
   std::vector<training_sample> samples_;
@@ -343,9 +353,9 @@ class finetuning {
 
 }  // namespace
 
-int run_finetune(const finetune_options& options) {
+int run_finetune(const finetune_options& options, communicator& ranks) {
   check_options(options);
-  finetuning(options).run();
+  finetuning(options, ranks).run();
   return 0;
 }
 

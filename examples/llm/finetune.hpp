@@ -6,6 +6,7 @@
 #include <functional>
 #include <string>
 
+#include "communicator.hpp"
 #include "qeft/training/schedule.hpp"
 #include "training_data.hpp"
 #include "tuning_method.hpp"
@@ -54,6 +55,10 @@ struct finetune_options {
 /// the result must be as it was. Where loss, gradients or values stop being finite, the adapter of
 /// the step that validated best until then is written before the error, and no checkpoint stays.
 ///
+/// Ranks share the samples (see trainer). The result is the same for any number of them, and so is
+/// the checkpoint, which any number can go on with. Each reads the model and the data; rank 0 alone
+/// writes.
+///
 /// A log file that exists is replaced, but must be the log of a run. With a checkpoint the lines of
 /// the steps that are done stay.
 ///
@@ -63,6 +68,6 @@ struct finetune_options {
 /// are null without validation.
 /// @return the exit status of the command
 /// @throws qeft::error; then nothing is at `out`, or the adapter that the message names
-int run_finetune(const finetune_options& options);
+int run_finetune(const finetune_options& options, communicator& ranks = one_process());
 
 }  // namespace qeft_llm

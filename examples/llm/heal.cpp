@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <utility>
 
 #include "healing.hpp"
@@ -105,14 +106,21 @@ std::string windows_of(const std::vector<training_sample>& samples) {
 
 class healer {
  public:
-  explicit healer(const heal_options& options)
-      : o_(options), exec_(options.threads), source_(options.model), full_(options.reference) {
+  healer(const heal_options& options, communicator& ranks)
+      : o_(options),
+        ranks_(ranks),
+        exec_(options.threads),
+        source_(options.model),
+        full_(options.reference) {
     check_models(o_, source_.config(), full_.config());
   }
 
   void run() {
-    io::atomic_directory out(o_.out, io::leftovers::reuse);
-    out.keep(out.resumed());  // an error does not cost what a kill left
+    std::optional<io::atomic_directory> out;  // of rank 0
+    if (ranks_.is_first()) {
+      out.emplace(o_.out, io::leftovers::reuse);
+      out->keep(out->resumed());  // an error does not cost what a kill left
+    }
     read_text();
     compare_fingerprints();
     source_.weights().require(expected_tensors(source_.config()));
@@ -121,12 +129,16 @@ class healer {
     source_.report_rounding();
     const auto few = std::min(samples_.size(), calibration_samples);
     model.calibrate({samples_.begin(), samples_.begin() + static_cast<std::ptrdiff_t>(few)});
-    trainer train(exec_, model, how, samples_, validation_);
-    run_training(train, out, setting(how), {o_.log, o_.json, o_.checkpoint_every, o_.after_step});
+    trainer train(exec_, model, how, samples_, validation_, ranks_);
+    run_training(train, out ? &*out : nullptr, setting(how),
+                 {o_.log, o_.json, o_.checkpoint_every, o_.after_step});
     train.take_best();
-    const std::string fingerprint = write(model, train, how, out);
-    out.commit();
-    report(train, model, how, fingerprint);
+    together(ranks_, [&] {
+      if (!out) return;
+      const std::string fingerprint = write(model, train, how, *out);
+      out->commit();
+      report(train, model, how, fingerprint);
+    });
   }
 
  private:
@@ -275,6 +287,7 @@ class healer {
   }
 
   heal_options o_;
+  communicator& ranks_;
   qeft::on_host exec_;
   model_source source_;
   model_source full_;
@@ -284,9 +297,9 @@ class healer {
 
 }  // namespace
 
-int run_heal(const heal_options& options) {
+int run_heal(const heal_options& options, communicator& ranks) {
   check_options(options);
-  healer(options).run();
+  healer(options, ranks).run();
   return 0;
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "communicator.hpp"
 #include "qeft/core/config.hpp"
 
 namespace qeft_llm {
@@ -52,11 +53,13 @@ struct heal_options {
 /// A run that was killed left its state in the partial directory of `out`: the same command goes on
 /// from there, to the same bytes. Whatever decides the result must be as it was.
 ///
+/// Ranks share the samples, as in run_finetune.
+///
 /// The objects of the log are those of run_training; loss is the KL per token in nats. The object
 /// of the result: out, steps, tokens (trained on), parameters, fingerprint (of the result), and
 /// start_kl, kl and best_step, on the validation windows, which are null without any.
 /// @return the exit status of the command
 /// @throws qeft::error; then nothing is at `out`
-int run_heal(const heal_options& options);
+int run_heal(const heal_options& options, communicator& ranks = one_process());
 
 }  // namespace qeft_llm

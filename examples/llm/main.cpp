@@ -18,6 +18,7 @@
 #include "finetune.hpp"
 #include "heal.hpp"
 #include "merge.hpp"
+#include "mpi_session.hpp"
 #include "preset.hpp"
 #include "qeft/core/status.hpp"
 #include "qeft/io/notice.hpp"
@@ -320,6 +321,7 @@ int main(int argc, char** argv) {
   // Not through stdio: a thread that a signal stopped may hold its lock.
   qeft::io::set_notice_handler(
       [](const std::string& text) { ::dprintf(STDERR_FILENO, "qeft-llm: %s\n", text.c_str()); });
+  const mpi_session mpi;
   const qeft::io::signal_cleanup signals;
   CLI::App app("Quantises, runs and measures language models with QEFT");
   app.require_subcommand(1);
@@ -415,14 +417,19 @@ int main(int argc, char** argv) {
     if (device == "cuda") {
       qeft::fail(qeft::errc::unsupported, "--device cuda is not built in; use --device cpu");
     }
+    communicator& ranks = mpi.ranks();
+    if (ranks.size() > 1 && !*finetune_command && !*heal_command) {
+      qeft::fail(qeft::errc::unsupported,
+                 "mpirun started several processes, but only finetune and heal share their work");
+    }
     int result = 0;
     if (*quantize_command) {
       const auto given = [&](const std::string& name) { return quantize_command->count(name) > 0; };
       apply(quantize_preset, given, quantize);
       result = run_quantize(quantize);
     }
-    if (*finetune_command) result = run_finetune(finetune);
-    if (*heal_command) result = run_heal(heal);
+    if (*finetune_command) result = run_finetune(finetune, ranks);
+    if (*heal_command) result = run_heal(heal, ranks);
     if (*generate_command) result = run_generate(generate);
     if (*perplexity_command) result = run_perplexity(perplexity);
     if (*inspect_command) result = run_inspect(inspected, inspect_json);
@@ -434,11 +441,11 @@ int main(int argc, char** argv) {
     return result;
   } catch (const std::bad_alloc&) {
     signals.settle();
-    std::fprintf(stderr, "qeft-llm: out of memory\n");
+    mpi.report_failure("out of memory");
     return 1;
   } catch (const std::exception& e) {
     signals.settle();
-    std::fprintf(stderr, "qeft-llm: %s\n", e.what());
+    mpi.report_failure(e.what());
     return 1;
   }
 }

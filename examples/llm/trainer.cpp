@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <numeric>
 #include <utility>
 
 #include "qeft/io/convert.hpp"
@@ -77,17 +78,12 @@ void check_setting(const json& earlier, const json& given, const std::string& wh
   if (!earlier.is_object()) {
     io::fail_corrupt(where, "setting must be an object, not " + io::dump_json(earlier));
   }
-  const auto shown = [](const json& object, const std::string& key) {
-    return object.contains(key) ? io::dump_json(object.at(key)) : std::string("nothing");
-  };
-  json both = earlier;
-  both.update(given);
-  for (const auto& [key, ignored] : both.items()) {
-    if (shown(earlier, key) == shown(given, key)) continue;
-    fail(errc::invalid_argument,
-         where + " is of a run with another " + key + ": " + shown(earlier, key) + " there, " +
-             shown(given, key) + " here; give what that run was given, or remove it to start anew");
-  }
+  const auto difference = find_difference(earlier, given);
+  if (!difference) return;
+  fail(errc::invalid_argument, where + " is of a run with another " + difference->key + ": " +
+                                   difference->first + " there, " + difference->second +
+                                   " here; give what that run was given, or remove it to start "
+                                   "anew");
 }
 
 double number(const io::json_fields& fields, const char* key) {
@@ -98,15 +94,30 @@ double number(const io::json_fields& fields, const char* key) {
 
 }  // namespace
 
+std::optional<setting_difference> find_difference(const json& first, const json& second) {
+  const auto shown = [](const json& object, const std::string& key) {
+    return object.contains(key) ? io::dump_json(object.at(key)) : std::string("nothing");
+  };
+  json both = first;
+  both.update(second);
+  for (const auto& [key, ignored] : both.items()) {
+    setting_difference d{key, shown(first, key), shown(second, key)};
+    if (d.first != d.second) return d;
+  }
+  return std::nullopt;
+}
+
 index_t steps_of(index_t samples, index_t batch) { return qeft::ceil_div(samples, batch); }
 
 trainer::trainer(const qeft::on_host& exec, trainable& model, const trainer_options& options,
-                 std::vector<training_sample> training, std::vector<training_sample> validation)
+                 std::vector<training_sample> training, std::vector<training_sample> validation,
+                 communicator& ranks)
     : exec_(exec),
       model_(model),
       options_(options),
       training_(std::move(training)),
       validation_(std::move(validation)),
+      ranks_(ranks),
       dropout_{static_cast<float>(options.weak_dropout),
                qeft::counter_bits(options.seed, for_dropout)} {
   if (options_.steps < 1) refuse_setting("steps", options_.steps, "at least 1");
@@ -131,8 +142,9 @@ trainer::trainer(const qeft::on_host& exec, trainable& model, const trainer_opti
     refuse_setting("model", "frozen", "one with parameters to train");
   check_samples(training_, "training");
   check_samples(validation_, "validation");
-  m_ = zeros_for(model_.parameters());
-  v_ = zeros_for(model_.parameters());
+  if (ranks_.is_first()) {
+    for (auto* state : {&sum_, &m_, &v_}) *state = zeros_for(model_.parameters());
+  }
   if (options_.adamw.l2_sp > 0 || options_.weak_dropout > 0) {
     initial_ = values_of(model_.parameters());
   }
@@ -220,13 +232,49 @@ double trainer::backward(index_t first, index_t last, index_t counted) {
   }
 }
 
+/// Every rank takes the next sample, rank 0 adds what they found, and so on.
 double trainer::add_gradients(index_t first, index_t last, index_t counted) {
-  model_.clear_gradients();
-  double sum = 0;
-  for (index_t i = first; i < last; ++i) {
-    sum += model_.backward(sample_at(i), 1.0 / static_cast<double>(counted));
+  const index_t ranks = ranks_.size();
+  std::vector<double> losses(static_cast<std::size_t>(last - first));
+  for (numbers& sum : sum_) std::fill(sum.begin(), sum.end(), 0.0F);
+  for (index_t next = first; next < last; next += ranks) {
+    const index_t mine = next + ranks_.rank();
+    together(ranks_, [&] {
+      if (mine >= last) return;
+      model_.clear_gradients();
+      losses[static_cast<std::size_t>(mine - first)] =
+          model_.backward(sample_at(mine), 1.0 / static_cast<double>(counted));
+    });
+    add_to_sum(std::min(ranks, last - next));
   }
-  return sum;
+  const std::vector<parameter>& all = model_.parameters();
+  for (std::size_t l = 0; l < sum_.size(); ++l) {
+    std::copy(sum_[l].begin(), sum_[l].end(), all[l].gradient);
+  }
+  share_in_turn(ranks_, losses);
+  return std::accumulate(losses.begin(), losses.end(), 0.0);
+}
+
+/// The gradients of the first ranks, in their order.
+void trainer::add_to_sum(index_t ranks) {
+  const std::vector<parameter>& all = model_.parameters();
+  for (int rank = 0; rank < ranks; ++rank) {
+    for (std::size_t l = 0; l < all.size(); ++l) {
+      const parameter& p = all[l];
+      ranks_.collect(rank, bytes_of(p.gradient, p.size()));
+      if (!ranks_.is_first()) continue;
+      float* sum = sum_[l].data();
+      exec_.parallel_for(p.size(), 4096, [&p, sum](index_t i, index_t end) {
+        for (; i < end; ++i) sum[i] += p.gradient[i];
+      });
+    }
+  }
+}
+
+/// All ranks get rank 0's.
+void trainer::share_values() {
+  for (const parameter& p : model_.parameters()) ranks_.broadcast(bytes_of(p.value, p.size()));
+  model_.update();
 }
 
 std::optional<double> trainer::measure_start() {
@@ -248,24 +296,13 @@ step_report trainer::advance() {
     report.tokens += static_cast<index_t>(sample_at(i).tokens.size());
   }
   report.rate = qeft::rate_at(options_.rate, step_);
-  const std::vector<parameter>& all = model_.parameters();
   explained(step_ + 1, [&] {
     report.loss = backward(first, last, counted) / static_cast<double>(counted);
-    std::vector<qeft::span<const float>> arrays;
-    for (const parameter& p : all) arrays.emplace_back(p.gradient, p.size());
-    report.gradient_norm = qeft::global_norm(exec_, arrays);
-    check_finite(report.gradient_norm, "the norm of the gradient");
-    const auto scale = static_cast<float>(qeft::clip_factor(report.gradient_norm, options_.clip));
-    for (std::size_t l = 0; l < all.size(); ++l) {
-      const auto adamw =
-          qeft::make_adamw_step(options_.adamw, report.rate * all[l].rate_factor, step_);
-      const qeft::span<const float> origin = options_.adamw.l2_sp > 0
-                                                 ? qeft::span<const float>(initial_[l])
-                                                 : qeft::span<const float>(values(all[l]));
-      qeft::adamw_update(exec_, adamw, gradients(all[l]), scale, origin, values(all[l]),
-                         qeft::span<float>(m_[l]), qeft::span<float>(v_[l]));
-    }
-    model_.update();
+    together(ranks_, [&] {
+      if (ranks_.is_first()) report.gradient_norm = take_step(report.rate);
+    });
+    broadcast(ranks_, report.gradient_norm);
+    share_values();
   });
   ++step_;
   report.step = step_;
@@ -277,6 +314,25 @@ step_report trainer::advance() {
   return report;
 }
 
+/// Clipping and AdamW. @return the norm of the gradient
+double trainer::take_step(double rate) {
+  const std::vector<parameter>& all = model_.parameters();
+  std::vector<qeft::span<const float>> arrays;
+  for (const parameter& p : all) arrays.emplace_back(p.gradient, p.size());
+  const double norm = qeft::global_norm(exec_, arrays);
+  check_finite(norm, "the norm of the gradient");
+  const auto scale = static_cast<float>(qeft::clip_factor(norm, options_.clip));
+  for (std::size_t l = 0; l < all.size(); ++l) {
+    const auto adamw = qeft::make_adamw_step(options_.adamw, rate * all[l].rate_factor, step_);
+    const qeft::span<const float> origin = options_.adamw.l2_sp > 0
+                                               ? qeft::span<const float>(initial_[l])
+                                               : qeft::span<const float>(values(all[l]));
+    qeft::adamw_update(exec_, adamw, gradients(all[l]), scale, origin, values(all[l]),
+                       qeft::span<float>(m_[l]), qeft::span<float>(v_[l]));
+  }
+  return norm;
+}
+
 bool trainer::validates_now() const {
   if (validation_.empty()) return false;
   return done() || (options_.eval_every > 0 && step_ % options_.eval_every == 0);
@@ -284,9 +340,16 @@ bool trainer::validates_now() const {
 
 double trainer::validate() {
   return explained(step_, [&] {
-    double sum = 0;
-    for (const training_sample& s : validation_) sum += model_.loss(s);
-    const double mean = sum / static_cast<double>(count_of(validation_));
+    std::vector<double> losses(validation_.size());
+    together(ranks_, [&] {
+      const auto ranks = static_cast<std::size_t>(ranks_.size());
+      for (auto i = static_cast<std::size_t>(ranks_.rank()); i < losses.size(); i += ranks) {
+        losses[i] = model_.loss(validation_[i]);
+      }
+    });
+    share_in_turn(ranks_, losses);
+    const double mean = std::accumulate(losses.begin(), losses.end(), 0.0) /
+                        static_cast<double>(count_of(validation_));
     check_finite(mean, "the validation loss");
     return mean;
   });
@@ -295,13 +358,13 @@ double trainer::validate() {
 void trainer::keep_if_best(double loss) {
   if (best_ && !(loss < best_->loss)) return;
   best_ = best_result{loss, step_};
-  best_values_ = values_of(model_.parameters());
+  if (ranks_.is_first()) best_values_ = values_of(model_.parameters());
 }
 
 void trainer::take_best() {
   if (!best_) return;
-  set_values(model_.parameters(), best_values_);
-  model_.update();
+  if (ranks_.is_first()) set_values(model_.parameters(), best_values_);
+  share_values();
 }
 
 void trainer::save(const std::filesystem::path& file, const json& setting) const {
@@ -328,6 +391,16 @@ void trainer::save(const std::filesystem::path& file, const json& setting) const
 }
 
 void trainer::load(const std::filesystem::path& file, const json& setting) {
+  together(ranks_, [&] {
+    if (ranks_.is_first()) read_state(file, setting);
+  });
+  broadcast(ranks_, step_);
+  broadcast(ranks_, best_);
+  broadcast(ranks_, start_loss_);
+  share_values();
+}
+
+void trainer::read_state(const std::filesystem::path& file, const json& setting) {
   const io::safetensors_reader reader(file);
   const io::safetensors_file& only = reader.files().front();
   const auto metadata = [&](const char* key) {
@@ -370,7 +443,6 @@ void trainer::load(const std::filesystem::path& file, const json& setting) {
   best_ = best;
   start_loss_ = start;
   step_ = step;
-  model_.update();
 }
 
 }  // namespace qeft_llm

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "communicator.hpp"
 #include "parameter.hpp"
 #include "qeft/core/on_host.hpp"
 #include "qeft/training/adamw.hpp"
@@ -30,7 +31,7 @@ class trainable {
 
 struct trainer_options {
   qeft::index_t steps = 1;    // of the optimiser
-  qeft::index_t batch = 16;   // samples per step; their gradients are added one by one
+  qeft::index_t batch = 16;   // samples per step
   qeft::index_t samples = 0;  // of all steps, the last of which may have fewer; 0: steps * batch
   qeft::rate_schedule rate;   // its steps are those above
   double clip = 0.3;          // limit of the gradient's global norm, 0 for none
@@ -54,21 +55,41 @@ struct step_report {
 /// The number of steps that take so many samples, `batch` each; the last may take fewer.
 qeft::index_t steps_of(qeft::index_t samples, qeft::index_t batch);
 
+/// A member of two settings: its values as they are shown, "nothing" where it is missing.
+struct setting_difference {
+  std::string key;
+  std::string first;
+  std::string second;
+};
+/// The first member that is not the same in two objects.
+std::optional<setting_difference> find_difference(const nlohmann::json& first,
+                                                  const nlohmann::json& second);
+
 /// Trains with AdamW. The gradient of a step is that of the mean loss of the counted tokens of its
-/// batch. The samples are taken in a new random order in every pass, which the seed decides.
+/// batch: the sum over its samples, one after the other, of what each has by itself. The samples
+/// are taken in a new random order in every pass, which the seed decides.
 ///
 /// With validation samples the best parameters are kept, beginning with the initial ones.
 ///
 /// Weak-column dropout acts through the parameters' values: during backward they are those of the
 /// step's dropped columns; at every other time, also behind an error, they are the trained ones.
 ///
-/// The same for any number of threads, and whether it runs in one go or is gone on with.
+/// Ranks share the samples of a batch and those to validate with. Each has a model of its own and
+/// is given the same; the functions that change or measure the model are called on all, and then
+/// all models are the same. Between ranks go the gradients, of every sample that is not rank 0's
+/// own, to rank 0, which takes the step, and the values of the parameters back.
+///
+/// The same for any number of threads and of ranks, and whether it runs in one go or is gone on
+/// with.
 class trainer {
  public:
-  /// @param model lives as long as this object, and is as at the start
+  /// @param model lives as long as this object, as ranks do, and is as at the start
   /// @throws qeft::error naming an option that is out of range, or a sample without counted tokens
   trainer(const qeft::on_host& exec, trainable& model, const trainer_options& options,
-          std::vector<training_sample> training, std::vector<training_sample> validation);
+          std::vector<training_sample> training, std::vector<training_sample> validation,
+          communicator& ranks = one_process());
+
+  communicator& ranks() const noexcept { return ranks_; }
 
   /// Steps done.
   qeft::index_t step() const noexcept { return step_; }
@@ -100,14 +121,16 @@ class trainer {
   /// Gives the model its best parameters; without validation samples it keeps the last.
   void take_best();
 
-  /// Writes the whole state to one file, replacing it when it is complete on the disk.
+  /// Writes the whole state to one file, replacing it when it is complete on the disk. For rank 0,
+  /// which has it.
   /// @param setting what load() must be given again, an object of the names and values of whatever
   ///                decides the result
   void save(const std::filesystem::path& file, const nlohmann::json& setting) const;
 
-  /// Goes on with a state that save() wrote. @throws qeft::error errc::invalid_argument naming the
-  /// member of `setting` that differs, errc::corrupt_file for a file that is damaged or does not
-  /// fit the model; then nothing has changed
+  /// Goes on with a state that save() wrote, which rank 0 reads.
+  /// @throws qeft::error errc::invalid_argument naming the member of `setting` that differs,
+  ///         errc::corrupt_file for a file that is damaged or does not fit the model; then nothing
+  ///         has changed
   void load(const std::filesystem::path& file, const nlohmann::json& setting);
 
  private:
@@ -117,6 +140,10 @@ class trainer {
   void drop_columns();
   void restore_columns();
   void check_finite(double value, const char* what) const;
+  void share_values();
+  void add_to_sum(qeft::index_t ranks);
+  double take_step(double rate);
+  void read_state(const std::filesystem::path& file, const nlohmann::json& setting);
   template <class Action>
   auto explained(qeft::index_t step, const Action& action) const;
   double backward(qeft::index_t first, qeft::index_t last, qeft::index_t counted);
@@ -130,12 +157,15 @@ class trainer {
   trainer_options options_;
   std::vector<training_sample> training_;
   std::vector<training_sample> validation_;
+  communicator& ranks_;
   qeft::weak_dropout dropout_;
   qeft::index_t step_ = 0;
   std::vector<numbers> initial_;  // with l2_sp or dropout; one per parameter, and so below
+  std::vector<numbers> trained_;  // while columns are dropped
+  // Of rank 0 alone.
+  std::vector<numbers> sum_;  // of the gradients of a batch's samples so far
   std::vector<numbers> m_;
   std::vector<numbers> v_;
-  std::vector<numbers> trained_;  // while columns are dropped
   std::vector<numbers> best_values_;
   std::optional<best_result> best_;
   std::optional<double> start_loss_;

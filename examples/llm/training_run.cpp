@@ -83,6 +83,20 @@ class step_log {
   std::unique_ptr<std::FILE, int (*)(std::FILE*)> file_{nullptr, &std::fclose};
 };
 
+/// Every rank reads options, model and data by itself.
+void require_same_setting(communicator& ranks, const json& setting) {
+  std::string first = io::dump_json(setting);
+  broadcast(ranks, first);
+  together(ranks, [&] {
+    const auto difference = find_difference(json::parse(first), setting);
+    if (!difference) return;
+    qeft::fail(errc::invalid_argument,
+               text("rank ", ranks.rank(), " has another ", difference->key,
+                    " than rank 0: ", difference->second, " instead of ", difference->first));
+  });
+}
+
+/// @param save called on all ranks
 template <class Save>
 void step_through(trainer& train, step_log& log, const run_options& options, const Save& save) {
   progress bar("training", train.steps() - train.step());
@@ -92,7 +106,7 @@ void step_through(trainer& train, step_log& log, const run_options& options, con
   };
   if (const auto loss = train.measure_start()) {
     measured(*loss);
-    log.add({{"step", 0}, {"validation_loss", *loss}});
+    together(train.ranks(), [&] { log.add({{"step", 0}, {"validation_loss", *loss}}); });
   }
   while (!train.done()) {
     const step_report r = train.advance();
@@ -106,9 +120,11 @@ void step_through(trainer& train, step_log& log, const run_options& options, con
                          {"gradient_norm", r.gradient_norm},
                          {"tokens_per_second", speed}};
     if (r.validation_loss) line["validation_loss"] = *r.validation_loss;
-    log.add(line);
     const index_t every = options.checkpoint_every;
-    if (every > 0 && (train.done() || train.step() % every == 0)) save();
+    together(train.ranks(), [&] {
+      log.add(line);
+      if (every > 0 && (train.done() || train.step() % every == 0)) save();
+    });
     bar.advance(1, note + validation);
     if (options.after_step) options.after_step(train.step());
   }
@@ -122,24 +138,33 @@ bool may_be_log(const std::string& file) {
   return all.empty() || step_of(all.substr(0, all.find('\n')));
 }
 
-void run_training(trainer& train, io::atomic_directory& out, const json& setting,
+void run_training(trainer& train, io::atomic_directory* out, const json& setting,
                   const run_options& options) {
-  const fs::path checkpoint = out.partial() / checkpoint_file;
-  const bool going_on = fs::exists(checkpoint);
+  communicator& ranks = train.ranks();
+  require_same_setting(ranks, setting);
+  const fs::path checkpoint = out != nullptr ? out->partial() / checkpoint_file : fs::path();
+  bool going_on = out != nullptr && fs::exists(checkpoint);
+  broadcast(ranks, going_on);
   if (going_on) {
     train.load(checkpoint, setting);
     std::fprintf(stderr, "going on with what an interrupted run left: %lld of %lld steps\n",
                  static_cast<long long>(train.step()), static_cast<long long>(train.steps()));
   }
-  step_log log(options.log, options.json, going_on ? std::optional(train.step()) : std::nullopt);
+  std::optional<step_log> log;
+  together(ranks, [&] {
+    log.emplace(out != nullptr ? options.log : std::string(), options.json && out != nullptr,
+                going_on ? std::optional(train.step()) : std::nullopt);
+  });
   const auto save = [&] {
+    if (out == nullptr) return;
     train.save(checkpoint, setting);
-    out.keep();
+    out->keep();
   };
   try {
-    step_through(train, log, options, save);
+    step_through(train, *log, options, save);
   } catch (const qeft::error& e) {
-    if (e.code() == errc::not_finite) out.keep(false);  // it would only come to this again
+    // It would only come to this again.
+    if (e.code() == errc::not_finite && out != nullptr) out->keep(false);
     throw;
   }
 }

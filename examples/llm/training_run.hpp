@@ -26,15 +26,18 @@ bool may_be_log(const std::string& file);
 /// The trainer's state in the partial directory of a run.
 inline constexpr const char* checkpoint_file = "checkpoint.safetensors";
 
-/// Runs all steps, or those that a run left to do whose state is in out.partial(). Progress on
+/// Runs all steps, or those that a run left to do whose state is in out->partial(). Progress on
 /// stderr. A log is replaced, but for the steps before those to do. What an error or a signal
-/// interrupts stays in out.partial() once something is saved, unless the same command would only
+/// interrupts stays in out->partial() once something is saved, unless the same command would only
 /// come to the error again.
 ///
 /// Objects of the log: step, loss, rate, gradient_norm, tokens_per_second and, where it was
 /// measured, validation_loss; one of step 0 has the validation loss before training alone.
+/// @param out     null on other ranks than the first, which write nothing
 /// @param setting see trainer::load
-void run_training(trainer& train, qeft::io::atomic_directory& out, const nlohmann::json& setting,
+/// @throws qeft::error on all ranks what it throws on one, and naming what differs in the setting
+///         of another rank
+void run_training(trainer& train, qeft::io::atomic_directory* out, const nlohmann::json& setting,
                   const run_options& options);
 
 }  // namespace qeft_llm

@@ -13,6 +13,7 @@
 #include "qeft/io/safetensors.hpp"
 #include "support/catch.hpp"
 #include "support/throws.hpp"
+#include "thread_ranks.hpp"
 #include "training_data.hpp"
 #include "unit/io/temporary_directory.hpp"
 
@@ -534,4 +535,200 @@ TEST_CASE("options and samples that cannot be trained with are refused by name")
   CHECK(
       refused({"training sample 1", "0 of 2 count"}, nothing, {sample({0, 1}), {{0, 1}, {0, 0}}}));
   CHECK(refused({"training sample 0"}, nothing, {{{0, 1}, {1, 1}}}));
+}
+
+namespace {
+
+trainer_options demanding_options() {
+  trainer_options o = small_options(6);
+  o.batch = 5;
+  o.samples = 28;  // the last step has three
+  o.eval_every = 2;
+  o.clip = 0.7;
+  o.weak_dropout = 0.4;
+  o.adamw.l2_sp = 0.3;
+  return o;
+}
+
+/// With several counted tokens each, and losses whose sum depends on the order.
+samples uneven(int count) {
+  samples all;
+  for (int i = 0; i < count; ++i) all.push_back(sample({0, i, 7 * i % 5, 3 * i}));
+  return all;
+}
+
+/// What a rank has in the end.
+struct outcome {
+  std::vector<step_report> reports;
+  numbers last;
+  numbers best;
+  std::optional<trainer::best_result> best_result;
+  std::size_t backward_calls = 0;
+};
+
+bool same_reports(const std::vector<step_report>& a, const std::vector<step_report>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [](const step_report& x, const step_report& y) {
+                      return x.step == y.step && x.loss == y.loss && x.rate == y.rate &&
+                             x.gradient_norm == y.gradient_norm && x.tokens == y.tokens &&
+                             x.validation_loss == y.validation_loss;
+                    });
+}
+
+/// Trains what is left to do by `o`, on as many ranks. @param state to go on with, or empty
+/// @param stop of the first rank's state, which is saved there
+std::vector<outcome> train_on(thread_ranks& all, int size, const trainer_options& o,
+                              const std::filesystem::path& state = {}, index_t stop = -1,
+                              const std::filesystem::path& saved = {}) {
+  std::vector<outcome> outcomes(static_cast<std::size_t>(size));
+  all.run([&](communicator& ranks) {
+    outcome& mine = outcomes[static_cast<std::size_t>(ranks.rank())];
+    quadratic model;
+    trainer t(qeft::on_host(1), model, o, uneven(9), uneven(4), ranks);
+    if (!state.empty()) t.load(state, json::object());
+    while (!t.done() && t.step() != stop) mine.reports.push_back(t.advance());
+    if (!saved.empty() && ranks.is_first()) t.save(saved, json::object());
+    mine.last = model.all();
+    t.take_best();
+    mine.best = model.all();
+    mine.best_result = t.best();
+    mine.backward_calls = model.seen.size();
+  });
+  return outcomes;
+}
+
+}  // namespace
+
+TEST_CASE("a step's gradient is the sum of those that its samples have by themselves, in order") {
+  const samples training = uneven(1);
+  trainer_options o = small_options(1);
+  o.batch = 7;
+  quadratic model;
+  trainer t(exec, model, o, training, {});
+  quadratic alone;
+  numbers sum(6);
+  for (int i = 0; i < 7; ++i) {
+    alone.clear_gradients();
+    alone.backward(training[0], 1.0 / 21);
+    for (std::size_t j = 0; j < 6; ++j) sum[j] += alone.parameters()[0].gradient[j];
+  }
+  t.advance();
+  const float* found = model.parameters()[0].gradient;
+  CHECK(same_bits({found, found + 6}, sum));
+}
+
+TEST_CASE("ranks that share the samples end with the bits of one process") {
+  const trainer_options o = demanding_options();
+  thread_ranks single(1);
+  const outcome expected = train_on(single, 1, o).front();
+  CHECK(expected.backward_calls == 28);
+  CHECK(single.collected + single.broadcast == 0);
+  REQUIRE(expected.best_result);
+  for (const int size : {2, 3, 4, 8}) {
+    thread_ranks several(size);
+    std::size_t calls = 0;
+    std::size_t most = 0;
+    for (const outcome& o_of_rank : train_on(several, size, o)) {
+      CHECK(same_reports(o_of_rank.reports, expected.reports));
+      CHECK(same_bits(o_of_rank.last, expected.last));
+      CHECK(same_bits(o_of_rank.best, expected.best));
+      CHECK(o_of_rank.best_result->loss == expected.best_result->loss);
+      CHECK(o_of_rank.best_result->step == expected.best_result->step);
+      calls += o_of_rank.backward_calls;
+      most = std::max(most, o_of_rank.backward_calls);
+    }
+    CHECK(calls == 28);
+    CHECK(most == static_cast<std::size_t>(5 * ((5 + size - 1) / size) + (3 + size - 1) / size));
+    // Of the samples of other ranks 12 gradients in FP32, of all some losses and notes.
+    const index_t others = 5 * (5 - (5 + size - 1) / size) + 3 - (3 + size - 1) / size;
+    CHECK(several.collected >= others * 12 * 4);
+    CHECK(several.collected < others * 12 * 4 + 1000);
+    CHECK(several.broadcast >= 7 * 12 * 4);  // with the best
+    CHECK(several.broadcast < 7 * 12 * 4 + 1000);
+  }
+}
+
+TEST_CASE("a state of some ranks is gone on with by any number") {
+  const temporary_directory dir;
+  const trainer_options o = demanding_options();
+  thread_ranks single(1);
+  const outcome expected = train_on(single, 1, o).front();
+  for (const int before : {1, 2}) {
+    for (const int after : {1, 3}) {
+      for (const index_t stop : {0, 3, 5}) {
+        thread_ranks first(before);
+        train_on(first, before, o, {}, stop, dir / "state");
+        thread_ranks second(after);
+        for (const outcome& rank : train_on(second, after, o, dir / "state")) {
+          CHECK(rank.reports.size() == static_cast<std::size_t>(6 - stop));
+          CHECK(same_bits(rank.last, expected.last));
+          CHECK(same_bits(rank.best, expected.best));
+        }
+      }
+    }
+  }
+  // Only rank 0 reads, and all hear of it.
+  write_all(dir / "state", "damaged");
+  std::vector<int> heard(3);
+  thread_ranks all(3);
+  all.run([&](communicator& ranks) {
+    quadratic model;
+    trainer t(qeft::on_host(1), model, o, uneven(9), uneven(4), ranks);
+    heard[static_cast<std::size_t>(ranks.rank())] =
+        throws_with(errc::corrupt_file, {"state"}, [&] { t.load(dir / "state", json::object()); })
+            ? 1
+            : 0;
+  });
+  CHECK(heard == std::vector<int>{1, 1, 1});
+}
+
+TEST_CASE("an error of one rank ends the step on all, with one message and sound values") {
+  const trainer_options o = demanding_options();
+  for (const int broken : {0, 1, 2}) {
+    std::vector<int> good(3);
+    thread_ranks all(3);
+    all.run([&](communicator& ranks) {
+      quadratic model;
+      trainer t(qeft::on_host(1), model, o, uneven(9), {}, ranks);
+      t.advance();
+      const numbers before = model.all();
+      if (ranks.rank() == broken) {
+        model.broken = [](std::size_t) -> bool {
+          qeft::fail(errc::not_finite, "block 3 overflows");
+        };
+      }
+      const bool said = throws_with(errc::not_finite, {"step 2: block 3 overflows", "--lr"},
+                                    [&] { t.advance(); });
+      good[static_cast<std::size_t>(ranks.rank())] =
+          said && same_bits(model.all(), before) && model.is_up_to_date() ? 1 : 0;
+    });
+    CHECK(good == std::vector<int>{1, 1, 1});
+  }
+}
+
+TEST_CASE("of several errors all ranks throw that of the first") {
+  thread_ranks all(4);
+  std::vector<std::string> messages(4);
+  all.run([&](communicator& ranks) {
+    int after = 0;
+    together(ranks, [] {});
+    messages[static_cast<std::size_t>(ranks.rank())] = message_of([&] {
+      together(ranks, [&] {
+        if (ranks.rank() % 2 == 1)
+          qeft::fail(errc::io_error, "rank " + std::to_string(ranks.rank()));
+      });
+    });
+    // They are in step afterwards.
+    std::vector<double> items(6, -1);
+    for (std::size_t i = 0; i < 6; ++i) {
+      if (static_cast<int>(i) % 4 == ranks.rank()) items[i] = static_cast<double>(i);
+    }
+    share_in_turn(ranks, items);
+    if (items != std::vector<double>{0, 1, 2, 3, 4, 5}) messages[0] = "items";
+    std::string text = ranks.is_first() ? "from rank 0" : "";
+    broadcast(ranks, text);
+    if (text != "from rank 0") messages[0] = "text";
+    broadcast(ranks, after);
+  });
+  CHECK(messages == std::vector<std::string>(4, "rank 1"));
 }
