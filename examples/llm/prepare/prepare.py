@@ -5,7 +5,7 @@
     prepare.py model      --out DIR [--gguf FILE]
     prepare.py perturb    --out DIR --model DIR
     prepare.py text       --out DIR
-    prepare.py translated --out DIR --language de-DE
+    prepare.py translated --out DIR --language de-DE [--validation]
 
 All need the packages of requirements.txt; texts also apt-get and dpkg-deb, but no root.
 """
@@ -34,6 +34,9 @@ def main():
                                          "heldout_LANGUAGE.txt from a Debian package")
     for_translated.add_argument("--language", required=True,
                                 help="one with Latin letters, such as de-DE or fr-FR")
+    for_translated.add_argument("--validation", action="store_true",
+                                help="also write validation_LANGUAGE.txt, of pages that "
+                                "tuning_LANGUAGE.txt then lacks")
     for command in (for_model, for_perturbed, for_text, for_translated):
         command.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
     for command in (for_model, for_text, for_translated):
@@ -49,7 +52,8 @@ def main():
             perturb.prepare(options.model, options.out)
         elif options.command == "translated":
             import translated_prose
-            translated_prose.prepare(options.out, options.cache, options.language)
+            translated_prose.prepare(options.out, options.cache, options.language,
+                                     options.validation)
         else:
             import prose
             import source_code

@@ -140,17 +140,22 @@ def word_runs(paragraph):
     return {" ".join(words[i:i + OVERLAP]) for i in range(max(1, len(words) - OVERLAP + 1))}
 
 
-def split(all_documents):
+def part_of(name):
+    """Which of HELD_OUT_SHARE parts the document of this name is in."""
+    return hashlib.sha256(name.encode()).digest()[-1] % HELD_OUT_SHARE
+
+
+def split(all_documents, held_out_part=0):
     """(calibration, held out): lists of paragraphs.
 
     The documents are in the order of the hashes of their names, which mixes the packages, so that
     any part of the files is a sample of all of them.
     """
-    hashed = sorted((hashlib.sha256(name.encode()).digest(), paragraphs)
+    hashed = sorted((hashlib.sha256(name.encode()).digest(), name, paragraphs)
                     for name, paragraphs in all_documents)
     parts = {False: [], True: []}
-    for digest, paragraphs in hashed:
-        parts[digest[-1] % HELD_OUT_SHARE == 0] += filter(is_prose, map(clean, paragraphs))
+    for _, name, paragraphs in hashed:
+        parts[part_of(name) == held_out_part] += filter(is_prose, map(clean, paragraphs))
     calibration = list(dict.fromkeys(parts[False]))
     known = set().union(*map(word_runs, calibration))
     held_out = [p for p in dict.fromkeys(parts[True]) if known.isdisjoint(word_runs(p))]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# Sourced by examples/quickstart.sh and bench/quality.sh in the project's root: builds qeft-llm and
-# prepares its inputs. $work is the directory for all that is not built.
+# Sourced by examples/quickstart.sh, bench/quality.sh and bench/tuning.sh in the project's root:
+# builds qeft-llm and prepares its inputs. $work is the directory for all that is not built.
 source cmake/install_packages.sh
 
 mkdir -p "$work"

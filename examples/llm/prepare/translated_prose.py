@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prose in another language than English, to tune a model on: pages of Debian's handbook.
 
-Split by page as prose.py splits its documents. Paragraphs that are not translated are left out.
+Split by page as prose.py splits its documents; with validation text, another eighth of the pages is
+taken out of the tuning text. Paragraphs that are not translated are left out.
 """
 
 import tempfile
@@ -12,7 +13,8 @@ import prose
 from files import PrepareError
 
 PACKAGE = "debian-handbook"
-MINIMUM_BYTES = {"tuning": 400_000, "heldout": 50_000}
+MINIMUM_BYTES = {"tuning": 400_000, "heldout": 50_000, "validation": 40_000}
+VALIDATION_PART = 1  # of prose.part_of
 
 
 def pages(root, language):
@@ -22,7 +24,7 @@ def pages(root, language):
             for page in found}
 
 
-def prepare(out, cache, language):
+def prepare(out, cache, language, validation):
     files.make_directory(cache)
     deb = prose.fetch_package(PACKAGE, cache)
     if deb is None:
@@ -36,7 +38,12 @@ def prepare(out, cache, language):
                            "de-DE")
     documents = [(f"{PACKAGE}/{language}/{name}", [p for p in page if p not in english])
                  for name, page in translated.items()]
+    parts = prose.split(documents)
+    if validation:
+        rest = [(name, page) for name, page in documents if prose.part_of(name) != 0]
+        tuning, validating = prose.split(rest, VALIDATION_PART)
+        parts = (tuning, parts[1], validating)
     names = {f"{part}_{language}.txt": size for part, size in MINIMUM_BYTES.items()}
-    prose.write(out, names, prose.split(documents),
+    prose.write(out, names, parts,
                 "prose is told by Latin letters and full stops, so that languages such as de-DE "
                 "and fr-FR work, but not zh-CN or ja-JP")
