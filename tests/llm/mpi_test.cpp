@@ -194,7 +194,7 @@ TEST_CASE("healing by ranks writes the bytes of one process") {
 TEST_CASE("a rank that dies ends the run, and any number of ranks goes on to the same bytes") {
   if (!has_mpi()) return;
   const workplace w;
-  const std::string command = w.finetune("--steps 300");
+  const std::string command = w.finetune("--steps 100");
   REQUIRE(run(command).status == 0);
   const std::string expected = read_all(w.dir / "out");
   const auto log = w.log();
