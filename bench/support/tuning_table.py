@@ -211,7 +211,7 @@ def report(date, setting, rows, merging):
     s = setting
     yield f"""# Fine-tuning and merging, {date}
 
-Commit {s['commit']}; model {s['model']}. Its English is good and its {names['target']} poor.
+Commit {s['commit']}; model {s['model']}.
 
 Tuned on {names['target']} pages of Debian's handbook (package debian-handbook), split by page into
 tuning, validation and held-out text: {s['steps']} steps of {s['batch']} x {s['seq_len']} tokens,
@@ -269,7 +269,8 @@ are tried beyond it.
 
 Validation loss as `finetune` has it in memory and as `perplexity` finds it for the files of the
 base and of base + adapter, seed 0; the difference is the largest over the seeds. Below 1e-13 it is
-that of a logarithm; the rest is what rounding the merged weights to 16 bits costs.
+that of a logarithm; the rest is what rounding the merged weights, or QA-LoRA's zero points, to 16
+bits costs: of a small change, what is below half a unit in the last place is lost.
 """
         yield from exactness(rows)
     if merging:
