@@ -128,9 +128,9 @@ measure() {
   local -A rank
   step "$block: models"
   weights=$(hash_of "$model"/*.safetensors "$model/config.json" "$model/tokenizer.json")
-  cached "$work/text/$block.log" "$weights $seq_len $(hash_of "${helper[1]}")" \
-    "${helper[@]}" cut --model "$model" --tokens "$seq_len" --text "$work/text/heldout.txt" \
-    --out "$sample"
+  cached "$work/text/$block.log" "$weights $seq_len" "${prepare[0]}" \
+    bench/support/tuning_inputs.py cut --tokenizer "$model/tokenizer.json" --tokens "$seq_len" \
+    --text "$work/text/heldout.txt" --out "$sample"
   while read -r kind at; do rank[$kind]=$at; done < <("${helper[@]}" ranks --model "$model")
 
   add_quantised QEFT-k16 "--weak-columns 16" --method qeft

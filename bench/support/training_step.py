@@ -2,13 +2,10 @@
 """Inputs of bench/training_step.sh that qeft-llm does not make itself.
 
     training_step.py block --out DIR
-    training_step.py cut   --model DIR --tokens N --text FILE --out FILE
     training_step.py ranks --model DIR
 
 block writes a Llama of one block with the shapes of Llama-2 7B, random weights in FP16 from a fixed
 seed and the 256 bytes as its tokens: next to the block its embedding and its head are nothing.
-
-cut writes the beginning of a text that has exactly N tokens, one sample of training.
 
 ranks prints for each kind of LoRA the rank with which it trains about as many parameters as there
 are in 16 weak columns: of all linears (lora), of all over means of 32 inputs (qa-lora), and of
@@ -84,18 +81,6 @@ def write_block(out):
     files.write_text(out / "config.json", json.dumps(BLOCK, indent=2))
 
 
-def cut(tokenizer, count, text):
-    """The beginning of `text` with `count` tokens."""
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    if len(tokens.ids) < count:
-        raise files.PrepareError(f"the text has {len(tokens.ids)} tokens, but {count} are wanted")
-    # A text that ends inside a word may have other tokens there than the whole one.
-    for end in range(tokens.offsets[count - 1][0], tokens.offsets[count - 1][1] + 64):
-        if len(tokenizer.encode(text[:end], add_special_tokens=False).ids) == count:
-            return text[:end]
-    raise files.PrepareError(f"no beginning of the text has {count} tokens")
-
-
 def ranks(config):
     shapes = linears(config)
     wanted = WEAK_COLUMNS * sum(rows for _, rows, _ in shapes)
@@ -110,21 +95,13 @@ def ranks(config):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for_block, for_cut, for_ranks = map(commands.add_parser, ("block", "cut", "ranks"))
-    for command in (for_block, for_cut):
-        command.add_argument("--out", type=pathlib.Path, required=True)
-    for command in (for_cut, for_ranks):
-        command.add_argument("--model", type=pathlib.Path, required=True)
-    for_cut.add_argument("--tokens", type=int, required=True)
-    for_cut.add_argument("--text", type=pathlib.Path, required=True)
+    for_block, for_ranks = map(commands.add_parser, ("block", "ranks"))
+    for_block.add_argument("--out", type=pathlib.Path, required=True)
+    for_ranks.add_argument("--model", type=pathlib.Path, required=True)
     o = parser.parse_args()
     try:
         if o.command == "block":
             write_block(o.out)
-        elif o.command == "cut":
-            tokenizer = tokenizers.Tokenizer.from_file(str(o.model / "tokenizer.json"))
-            text = o.text.read_text("utf-8")[:64 * o.tokens]
-            files.write_text(o.out, cut(tokenizer, o.tokens, text))
         else:
             config = json.loads((o.model / "config.json").read_text())
             for kind, rank in ranks(config).items():

@@ -93,18 +93,21 @@ def report(date, commit, seq_len, threads, rows):
     rounds, steps = len(first["rounds"]), len(first["rounds"][0])
     yield f"""# Training steps, {date}
 
-Commit {commit}; {threads} threads. A step is forward, backward, clipping and AdamW on one sample of
-{seq_len} tokens, the same for all rows. Medians over {rounds * steps} steps: {rounds} rounds, in each
-of which every row runs as a process of its own, one step to warm up and {steps} that count. Ratios
-are those of the medians; in brackets, the least and the largest of a round. Peak memory is the
-largest resident size of the process, with the mapped file of the model and, of `torch` rows, the
-libraries. Kept: by the linears of their inputs, for one block's backward pass times the number of
-blocks; qeft-llm keeps the input of every block instead and finds these again, and so do the `torch`
-rows named `recompute`. Kept of an input that several linears share: qeft-llm counts it for each,
-`torch` once. QEFT, OWQ and QA-LoRA have 4 bits, groups of 128 columns, one per channel, and 32; the
-frozen weights of LoRA are FP16, of QLoRA NF4 with double quantisation, of Platypus 8 bits; those of
-`torch` rows have the type of their name. Ranks are those that train about as many parameters as
-{QEFT}."""
+Commit {commit}; {threads} threads. A step is forward, backward, clipping and AdamW on a sample of
+{seq_len} tokens, the same for all rows. In each of {rounds} rounds every row runs as a process of
+its own: a step to warm up, then {steps} that count. Seconds are the median of all of them, ratios
+those of medians; in brackets, the quartiles, and the least and largest ratio of a round.
+
+Ranks are those that train about as many parameters as {QEFT}. QEFT has 4 bits in groups of 128
+columns, OWQ in one group per channel, QA-LoRA in groups of 32 without weak columns. The frozen
+weights of LoRA are FP16, of QLoRA NF4 with double quantisation, of Platypus 8 bits; `torch` rows
+are named by theirs. qeft-llm keeps the input of every block and finds the rest again in the
+backward pass, and so do the `torch` rows named `recompute`.
+
+Peak memory is the largest resident size of the process; it has the mapped file of the model in it,
+and of `torch` rows the libraries. Kept per token: what backward needs of the inputs of the linears,
+in all blocks. An input that several linears share is counted for each by qeft-llm, and once for
+`torch`."""
     for name in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == name]
         measured = [row for row in of_model if "rounds" in row]
@@ -112,9 +115,9 @@ frozen weights of LoRA are FP16, of QLoRA NF4 with double quantisation, of Platy
         yield from table(measured)
         yield ""
         yield from conclusions(measured)
-        for row in of_model:
-            if "absent" in row:
-                yield f"- {row['row']} did not run: {row['absent']}"
+        for reason in dict.fromkeys(row["absent"] for row in of_model if "absent" in row):
+            names = [row["row"] for row in of_model if row.get("absent") == reason]
+            yield f"- Did not run ({reason}): {', '.join(names)}."
     packages = {}
     for row in rows:
         packages.update(row.get("packages", {}))
@@ -125,6 +128,8 @@ frozen weights of LoRA are FP16, of QLoRA NF4 with double quantisation, of Platy
 def main():
     out, commit, seq_len, threads, *directories = sys.argv[1:]
     rows = [read(directory, int(seq_len)) for directory in directories]
+    if all("absent" in row for row in rows):
+        sys.exit("training_step_table: no row was measured")
     text = "\n".join(report(datetime.date.today(), commit, seq_len, threads, rows)) + "\n"
     pathlib.Path(out + ".md").write_text(text)
     run = {"commit": commit, "seq_len": int(seq_len), "threads": int(threads)}

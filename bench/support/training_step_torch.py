@@ -48,15 +48,21 @@ def load(directory, weights):
     return model, packages
 
 
+def address(tensor):
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # of a wrapper, as torchao's weights are
+        return None
+
+
 def saved_bytes(model, ids):
-    """What the linears keep for the backward pass in one forward pass, each tensor counted once;
-    neither weights nor what they are made of."""
-    kept, frozen = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """What the linears keep of their inputs for the backward pass, each tensor counted once."""
+    kept, weights = {}, {None, *map(address, model.parameters())}
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen and tensor.shape[-2:-1] == ids.shape[-1:]:
-            kept[storage.data_ptr()] = tensor.nbytes
+        at = address(tensor)
+        if at not in weights and tensor.shape[-2:-1] == ids.shape[-1:]:
+            kept[at] = tensor.nbytes
         return tensor
 
     def watched(forward):
