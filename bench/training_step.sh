@@ -31,7 +31,6 @@ cd "$(dirname "$0")/.."
 model="" work=build/training_step
 source examples/llm/prepare/steps.sh
 build_llm
-require_packages time
 prepare_inputs
 
 helper=("${prepare[0]}" bench/support/training_step.py)
@@ -69,12 +68,12 @@ quantise_to() {
     "${@:2}"
 }
 
-# timed_process DIRECTORY ROUND COMMAND...: leaves round-N.out, .log and .kib (peak memory).
-timed_process() {
+# watched DIRECTORY ROUND COMMAND...: leaves round-N.out, .log and .memory.
+watched() {
   local to=$1/round-$2
   shift 2
-  rm -f "$to".{out,log,kib}
-  /usr/bin/time -q -o "$to.kib" -f %M "$@" >"$to.out" 2>"$to.log"
+  rm -f "$to".{out,log,memory}
+  "${helper[@]}" watch --out "$to.memory" "$@" >"$to.out" 2>"$to.log"
 }
 
 # finetune_row DIRECTORY ROUND BASE OPTIONS...
@@ -82,7 +81,7 @@ finetune_row() {
   local dir=$1 round=$2 base=$3
   shift 3
   rm -rf "$dir/adapter" "$dir/adapter.unfinished.partial"
-  timed_process "$dir" "$round" "$llm" finetune --model "$base" --data "$sample" \
+  watched "$dir" "$round" "$llm" finetune --model "$base" --data "$sample" \
     --out "$dir/adapter" --seq-len "$seq_len" --batch 1 --steps $((steps + 1)) --lr 1e-4 \
     --validation-share 0 --checkpoint-every 0 --threads "$threads" --json "$@" ||
     fail_with "$dir/round-$round.log"
@@ -93,7 +92,7 @@ finetune_row() {
 torch_row() {
   local dir=$1 round=$2
   [ -f "$dir/absent.txt" ] && return
-  timed_process "$dir" "$round" "${torch[@]}" --model "$model" --text "$sample" \
+  watched "$dir" "$round" "${torch[@]}" --model "$model" --text "$sample" \
     --seq-len "$seq_len" --steps $((steps + 1)) --threads "$threads" --variant "$3" --rank "$4" &&
     return
   tail -n 1 "$dir/round-$round.log" >"$dir/absent.txt"

@@ -3,6 +3,7 @@
 
     training_step.py block --out DIR
     training_step.py ranks --model DIR
+    training_step.py watch --out FILE COMMAND...
 
 block writes a Llama of one block with the shapes of Llama-2 7B, random weights in FP16 from a fixed
 seed and the 256 bytes as its tokens: next to the block its embedding and its head are nothing.
@@ -10,12 +11,20 @@ seed and the 256 bytes as its tokens: next to the block its embedding and its he
 ranks prints for each kind of LoRA the rank with which it trains about as many parameters as there
 are in 16 weak columns: of all linears (lora), of all over means of 32 inputs (qa-lora), and of
 those of the MLP (platypus).
+
+watch runs a command and writes a JSON object with its largest memory: peak_bytes, all that was
+resident, and step_bytes, what was its own (RssAnon: without mapped files) from the first line on
+that it printed, which is that of the first step. The standard output is a file.
 """
 
 import argparse
 import json
+import os
 import pathlib
+import resource
+import subprocess
 import sys
+import time
 
 import numpy as np
 import safetensors.numpy
@@ -92,16 +101,41 @@ def ranks(config):
     return {kind: max(1, round(wanted / size)) for kind, size in per_rank.items()}
 
 
+def own_bytes(pid):
+    try:
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in status.splitlines()
+                 if line.startswith("RssAnon")), 0)
+
+
+def watch(command, out):
+    process = subprocess.Popen(command)
+    step_bytes = 0
+    while process.poll() is None:
+        if os.fstat(sys.stdout.fileno()).st_size > 0:
+            step_bytes = max(step_bytes, own_bytes(process.pid))
+        time.sleep(0.02)
+    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    files.write_text(out, json.dumps({"peak_bytes": peak, "step_bytes": step_bytes}))
+    return process.returncode
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for_block, for_ranks = map(commands.add_parser, ("block", "ranks"))
-    for_block.add_argument("--out", type=pathlib.Path, required=True)
+    for_block, for_ranks, for_watch = map(commands.add_parser, ("block", "ranks", "watch"))
+    for command in (for_block, for_watch):
+        command.add_argument("--out", type=pathlib.Path, required=True)
+    for_watch.add_argument("watched", nargs=argparse.REMAINDER)
     for_ranks.add_argument("--model", type=pathlib.Path, required=True)
     o = parser.parse_args()
     try:
         if o.command == "block":
             write_block(o.out)
+        elif o.command == "watch":
+            return watch(o.watched, o.out)
         else:
             config = json.loads((o.model / "config.json").read_text())
             for kind, rank in ranks(config).items():

@@ -4,8 +4,8 @@
     training_step_table.py OUT COMMIT SEQ_LEN THREADS DIRECTORY...
 
 OUT.md and OUT.json are written. A directory is named MODEL/ROW and holds of each round N
-round-N.out, the JSON lines of the process, and round-N.kib, its peak memory; or absent.txt, why
-there are none.
+round-N.out, the JSON lines of the process, and round-N.memory, its largest memory; or absent.txt,
+why there are none.
 """
 
 import datetime
@@ -33,11 +33,11 @@ def read(directory, seq_len):
     row = {"model": path.parent.name, "row": path.name}
     if (path / "absent.txt").exists():
         return {**row, "absent": (path / "absent.txt").read_text().strip()}
-    row.update({"rounds": [], "peak_bytes": 0})
+    row.update({"rounds": [], "peak_bytes": 0, "step_bytes": 0})
     for file in sorted(path.glob("round-*.out")):
         *steps, result = map(json.loads, file.read_text().splitlines())
-        peak = result.pop("peak_kib", None) or int(file.with_suffix(".kib").read_text())
-        row["peak_bytes"] = max(row["peak_bytes"], 1024 * peak)
+        for key, size in json.loads(file.with_suffix(".memory").read_text()).items():
+            row[key] = max(row[key], size)
         row["first_loss"] = steps[0]["loss"]
         row["rounds"].append([seconds_of(step, seq_len) for step in steps[1:]])
         for key in ("parameters", "saved_bytes_per_token", "optimiser_bytes", "packages"):
@@ -65,7 +65,7 @@ def table(rows):
     against = [(name, other) for name, other in (("QEFT-k16", named(rows, QEFT)),
                                                  ("LoRA", named(rows, "LoRA"))) if other]
     header = ["row", "parameters", "step, s (quartiles)",
-              *(f"in steps of {name}" for name, _ in against), "peak memory, MiB",
+              *(f"in steps of {name}" for name, _ in against), "memory in steps, MiB", "peak, MiB",
               "kept per token, KiB", "optimiser, MiB", "loss of step 1"]
     yield "| " + " | ".join(header) + " |"
     yield "|---" * len(header) + "|"
@@ -75,7 +75,8 @@ def table(rows):
             row["row"], f"{row['parameters']}", f"{row['seconds']:.3f} ({low:.3f}-{high:.3f})",
             *("1" if other is row else "{:.2f} ({:.2f}-{:.2f})".format(*times_longer(row, other))
               for _, other in against),
-            f"{row['peak_bytes'] / MIB:.0f}", f"{row['saved_bytes_per_token'] / 1024:.2f}",
+            f"{row['step_bytes'] / MIB:.0f}", f"{row['peak_bytes'] / MIB:.0f}",
+            f"{row['saved_bytes_per_token'] / 1024:.2f}",
             f"{row['optimiser_bytes'] / MIB:.1f}", f"{row['first_loss']:.4f}"]) + " |"
 
 
@@ -104,10 +105,11 @@ weights of LoRA are FP16, of QLoRA NF4 with double quantisation, of Platypus 8 b
 are named by theirs. qeft-llm keeps the input of every block and finds the rest again in the
 backward pass, and so do the `torch` rows named `recompute`.
 
-Peak memory is the largest resident size of the process; it has the mapped file of the model in it,
-and of `torch` rows the libraries. Kept per token: what backward needs of the inputs of the linears,
-in all blocks. An input that several linears share is counted for each by qeft-llm, and once for
-`torch`."""
+Memory in steps is the largest that a process had of its own behind the warm-up; the peak is all
+that was resident at any time, with loading, the mapped file of the model and libraries. `torch`
+rows have the libraries' own memory in both. Kept per token: what backward needs of the inputs of
+the linears, in all blocks. An input that several linears share is counted for each by qeft-llm, and
+once for `torch`."""
     for name in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == name]
         measured = [row for row in of_model if "rounds" in row]

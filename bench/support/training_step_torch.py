@@ -116,8 +116,7 @@ def main():
         torch.nn.utils.clip_grad_norm_(trained, 0.3)
         optimiser.step()
         seconds = time.perf_counter() - begin
-        print(json.dumps({"step": step, "loss": loss.item(), "seconds": seconds}))
-    peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        print(json.dumps({"step": step, "loss": loss.item(), "seconds": seconds}), flush=True)
 
     del loss
     if recompute:
@@ -127,7 +126,7 @@ def main():
     print(json.dumps({
         "parameters": sum(p.numel() for p in trained),
         "saved_bytes_per_token": saved_bytes(model, ids) / o.seq_len,
-        "optimiser_bytes": sum(t.nbytes for t in moments), "peak_kib": int(peak),
+        "optimiser_bytes": sum(t.nbytes for t in moments),
         "packages": {name: importlib.metadata.version(name) for name in packages}}))
 
 
