@@ -28,22 +28,12 @@ cd "$(dirname "$0")/.."
 given=$model
 work=build/quality
 source examples/llm/prepare/steps.sh
+source bench/support/rows.sh
 build_llm
 prepare_inputs
 
-hash_of() { cat "$@" | sha256sum | cut -c1-16; }
 program=$(hash_of "$llm")
 calibration=$(hash_of "$work/text/calibration.txt")
-
-# cached FILE KEY COMMAND...: the output of the command in FILE, unless it is there from this KEY.
-cached() {
-  local file=$1 key=$2
-  shift 2
-  [ -f "$file.key" ] && [ "$(cat "$file.key")" = "$key" ] && return
-  rm -f "$file.key"
-  "$@" >"$file" 2>"$file.log" || fail_with "$file.log"
-  printf '%s\n' "$key" >"$file.key"
-}
 
 # perplexities DIRECTORY MODEL KEY [OPTIONS...]: of the model, which KEY identifies, on both texts.
 perplexities() {
@@ -65,23 +55,6 @@ quantise_to() {
     --calibration "$work/text/calibration.txt" --samples "$samples" --seq-len "$seq_len" "$@" >&2 ||
     return
   "$llm" inspect --json "$dir/model" | sed "s/^{/{\"seconds\": $((SECONDS - begin)), /"
-}
-
-# perturb MODEL DIRECTORY
-perturb() {
-  rm -rf "${2:?}"
-  "${prepare[@]}" perturb --model "$1" --out "$2"
-}
-
-chosen() {
-  local pattern
-  local -a all
-  IFS=, read -r -a all <<<"$patterns"
-  for pattern in "${all[@]}"; do
-    # shellcheck disable=SC2053
-    [[ $1 == $pattern ]] && return
-  done
-  return 1
 }
 
 rows=()  # directories

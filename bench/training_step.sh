@@ -30,35 +30,13 @@ done
 cd "$(dirname "$0")/.."
 model="" work=build/training_step
 source examples/llm/prepare/steps.sh
+source bench/support/rows.sh
 build_llm
 prepare_inputs
 
 helper=("${prepare[0]}" bench/support/training_step.py)
 torch=("${QEFT_TORCH_PYTHON:-python3}" bench/support/training_step_torch.py)
-hash_of() { cat "$@" | sha256sum | cut -c1-16; }
 program=$(hash_of "$llm")
-
-# cached FILE KEY COMMAND...: the output of the command in FILE, unless it is there from this KEY.
-cached() {
-  local file=$1 key=$2
-  shift 2
-  [ -f "$file.key" ] && [ "$(cat "$file.key")" = "$key" ] && return
-  rm -f "$file.key"
-  mkdir -p "$(dirname "$file")"
-  "$@" >"$file" 2>"$file.log" || fail_with "$file.log"
-  printf '%s\n' "$key" >"$file.key"
-}
-
-chosen() {
-  local pattern
-  local -a all
-  IFS=, read -r -a all <<<"$patterns"
-  for pattern in "${all[@]}"; do
-    # shellcheck disable=SC2053
-    [[ $1 == $pattern ]] && return
-  done
-  return 1
-}
 
 # quantise_to DIRECTORY OPTIONS...: quickly, for times do not depend on how good codes are.
 quantise_to() {

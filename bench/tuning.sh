@@ -39,6 +39,7 @@ cd "$(dirname "$0")/.."
 given=$model
 work=build/tuning
 source examples/llm/prepare/steps.sh
+source bench/support/rows.sh
 build_llm
 require_packages time
 prepare_inputs
@@ -51,26 +52,7 @@ validation_tokens=$((8192 < eval_tokens ? 8192 : eval_tokens))
 validation_tokens=$(((validation_tokens + seq_len - 1) / seq_len * seq_len))
 weak_dropout=0.1 l2_sp=10
 
-hash_of() { cat "$@" | sha256sum | cut -c1-16; }
 key_of() { printf '%s' "$*" | sha256sum | cut -c1-16; }
-current() { [ -f "$1.key" ] && [ "$(cat "$1.key")" = "$2" ]; }
-
-# cached FILE KEY COMMAND...: the output of the command in FILE, unless it is there from this KEY.
-cached() {
-  local file=$1 key=$2
-  shift 2
-  current "$file" "$key" && return
-  rm -f "$file.key"
-  mkdir -p "$(dirname "$file")"
-  "$@" >"$file" 2>"$file.log" || fail_with "$file.log"
-  printf '%s\n' "$key" >"$file.key"
-}
-
-# perturb MODEL DIRECTORY
-perturb() {
-  rm -rf "${2:?}"
-  "${prepare[@]}" perturb --model "$1" --out "$2"
-}
 
 # translated LANGUAGE: its texts.
 translated() { "${prepare[@]}" translated --out "$work/text" --language "$1" --validation; }
@@ -256,17 +238,6 @@ find_rate() {
       return 0
     fi
   done
-}
-
-chosen() {
-  local pattern
-  local -a all
-  IFS=, read -r -a all <<<"$patterns"
-  for pattern in "${all[@]}"; do
-    # shellcheck disable=SC2053
-    [[ $1 == $pattern ]] && return
-  done
-  return 1
 }
 
 rows=()     # directories
